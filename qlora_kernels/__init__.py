@@ -1,0 +1,13 @@
+"""qlora-kernels: hand-written kernels for 4-bit finetuning (QLoRA, arXiv 2305.14314).
+
+Layers, from the bottom: :mod:`~qlora_kernels.formats` (codebooks and scales as data),
+:mod:`~qlora_kernels.reference` (the truth, in plain torch), :mod:`~qlora_kernels.ops` (torch ops),
+:mod:`~qlora_kernels.functional` (bitsandbytes' names), ``nn`` (modules), ``integrations`` and the
+applications. Importing the package changes nothing that is not its own.
+"""
+
+from . import formats, functional, ops
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "formats", "functional", "ops"]

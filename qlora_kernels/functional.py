@@ -1,0 +1,366 @@
+"""quantize, dequantize and 4-bit linear with bitsandbytes' names, signatures and state.
+
+The functions here take and give a :class:`QuantState`, whose fields have bitsandbytes' names; the
+torch ops underneath (:mod:`qlora_kernels.ops`) take plain tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import formats, ops
+from .formats import Format, FormatError, get_format
+
+_DTYPES = {str(d).removeprefix("torch."): d for d in ops.FLOATS}
+_BNB_TYPES = ("nf4", "fp4")
+_BNB_STATE = "quant_state.bitsandbytes__"
+
+
+@dataclass
+class QuantState:
+    """What is needed to read a packed weight back; field names are bitsandbytes'.
+
+    Args:
+        absmax: fp32 ``[blocks]``; uint8 ``[blocks]`` when nested.
+        shape: the weight's shape.
+        code: the codebook, fp32 ``[16]`` (for ``state2``: the 8-bit code, fp32 ``[256]``).
+        blocksize: values (for ``state2``: scales) that share one scale.
+        quant_type: the format's name.
+        dtype: what the weight was, and what it dequantizes to by default.
+        offset: fp32 scalar, the mean that was taken off the scales; only when nested.
+        state2: the nested scales' own state; only when nested.
+    """
+
+    absmax: Tensor
+    shape: torch.Size | None = None
+    code: Tensor | None = None
+    blocksize: int = 64
+    quant_type: str | None = None
+    dtype: torch.dtype | None = None
+    offset: Tensor | None = None
+    state2: QuantState | None = None
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales are double quantized."""
+        return self.state2 is not None
+
+    def weight_args(self) -> tuple:
+        """``absmax ... nested_offset``, the run of arguments that every op takes."""
+        if self.state2 is None:
+            return self.absmax, self.code, self.blocksize, None, None, None
+        return (
+            self.absmax,
+            self.code,
+            self.blocksize,
+            self.state2.absmax,
+            self.state2.code,
+            self.offset,
+        )
+
+    def to(self, device: torch.device | str) -> QuantState:
+        """Moves every tensor to ``device``, in place; returns itself."""
+        self.absmax = self.absmax.to(device)
+        if self.code is not None:
+            self.code = self.code.to(device)
+        if self.offset is not None:
+            self.offset = self.offset.to(device)
+        if self.state2 is not None:
+            self.state2.to(device)
+        return self
+
+    def scales(self) -> Tensor:
+        """fp32 ``[blocks]``: the scales, nested ones decoded."""
+        _, _, _, nested_absmax, nested_code, offset = self.weight_args()
+        return ops._scales(self.absmax, nested_absmax, nested_code, offset)
+
+    def as_dict(self, packed: bool = False) -> dict[str, Any]:
+        """The state as bitsandbytes writes it: tensors and, ``packed``, one JSON uint8 tensor."""
+        d: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "absmax": self.absmax,
+            "blocksize": self.blocksize,
+            "quant_map": self.code,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": tuple(self.shape or ()),
+        }
+        if self.state2 is not None:
+            assert self.offset is not None
+            d.update(
+                nested_absmax=self.state2.absmax,
+                nested_blocksize=self.state2.blocksize,
+                nested_quant_map=self.state2.code.clone(),  # type: ignore[union-attr]
+                nested_dtype=str(self.state2.dtype).removeprefix("torch."),
+                nested_offset=self.offset.item(),
+            )
+        if not packed:
+            return d
+        tensors = {k: v for k, v in d.items() if isinstance(v, Tensor)}
+        rest = {k: v for k, v in d.items() if not isinstance(v, Tensor)}
+        text = json.dumps(rest).encode()
+        tensors[_BNB_STATE + str(self.quant_type)] = torch.tensor(list(text), dtype=torch.uint8)
+        return tensors
+
+    @classmethod
+    def from_dict(
+        cls, qs_dict: dict[str, Any], device: torch.device | str = "cpu"
+    ) -> QuantState:
+        """The state from :meth:`as_dict`'s form, keys with or without a prefix.
+
+        Raises:
+            ValueError: the JSON is missing, is not JSON, lacks a key, names an unknown format,
+                dtype or blocksize, or does not agree with the sizes of the tensors.
+        """
+        d = {}
+        for key, value in qs_dict.items():
+            marker = key.find(_BNB_STATE)
+            d[key[marker:] if marker >= 0 else key.rsplit(".", 1)[-1]] = value
+        packed = [k for k in d if k.startswith(_BNB_STATE)]
+        if packed:
+            if len(packed) > 1:
+                raise ValueError(f"two quantization states in one weight: {', '.join(packed)}")
+            raw = d.pop(packed[0])
+            try:
+                meta = json.loads(bytes(raw.to("cpu", torch.uint8).tolist()).decode())
+            except (ValueError, UnicodeDecodeError) as error:
+                raise ValueError(f"{packed[0]} is not the JSON that it must be: {error}") from None
+            if not isinstance(meta, dict):
+                raise ValueError(f"{packed[0]} must hold a JSON object, got {type(meta).__name__}")
+            d.update(meta)
+        missing = [
+            k for k in ("quant_type", "absmax", "blocksize", "dtype", "shape") if k not in d
+        ]
+        if missing:
+            raise ValueError(f"the quantization state lacks {', '.join(missing)}")
+        return cls._from_parts(d, device)
+
+    @classmethod
+    def _from_parts(cls, d: dict[str, Any], device) -> QuantState:
+        if d["dtype"] not in _DTYPES:
+            raise ValueError(
+                f"dtype in the quantization state must be one of {', '.join(_DTYPES)}, "
+                f"got {d['dtype']!r}"
+            )
+        blocksize = formats.check_blocksize(d["blocksize"])
+        shape = d["shape"]
+        if not all(isinstance(s, int) and s > 0 for s in shape):
+            raise ValueError(f"shape in the quantization state must be positive, got {shape!r}")
+        absmax = d["absmax"].to(device)
+        code = d.get("quant_map")
+        if code is None:
+            code = get_format(d["quant_type"]).tensors()[0]
+        code = code.to(device, torch.float32)
+        state = cls(
+            absmax, torch.Size(shape), code, blocksize, d["quant_type"], _DTYPES[d["dtype"]]
+        )
+        if absmax.dtype == torch.uint8:
+            lacking = [
+                k for k in ("nested_absmax", "nested_quant_map", "nested_offset") if k not in d
+            ]
+            if lacking:
+                raise ValueError(f"absmax is uint8 (nested), but {', '.join(lacking)} is missing")
+            if d.get("nested_blocksize", 256) != formats.NESTED_BLOCKSIZE:
+                raise ValueError(
+                    f"nested_blocksize must be {formats.NESTED_BLOCKSIZE}, "
+                    f"got {d['nested_blocksize']}"
+                )
+            state.offset = torch.tensor(float(d["nested_offset"]), device=device)
+            state.state2 = cls(
+                d["nested_absmax"].to(device, torch.float32),
+                code=d["nested_quant_map"].to(device, torch.float32),
+                blocksize=formats.NESTED_BLOCKSIZE,
+                dtype=torch.float32,
+            )
+        count = state.shape.numel()  # type: ignore[union-attr]
+        need = formats.blocks(count, blocksize)
+        if absmax.numel() != need:
+            raise ValueError(
+                f"shape {list(shape)} in blocks of {blocksize} has {need} scales, but absmax "
+                f"holds {absmax.numel()}"
+            )
+        empty = torch.empty((count + 1) // 2, dtype=torch.uint8, device="meta")
+        ops.check_weight(empty, *state.weight_args(), count)
+        return state
+
+
+def quantize_4bit(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_type: str | Format = "fp4",
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """Blockwise 4-bit quantization (QLoRA, arXiv 2305.14314, section 3).
+
+    Args:
+        A: fp32, bf16 or fp16, any shape.
+        absmax: when given, the scales are copied into it too.
+        out: when given, the packed bytes are copied into it.
+        blocksize: values a scale; 64 unless given.
+        compress_statistics: double quantization of the scales.
+        quant_type: a format's name or a :class:`~qlora_kernels.formats.Format`. The default is
+            bitsandbytes' (``fp4``); QLoRA's is ``nf4``.
+        quant_storage: dtype under which the bytes are held; uint8, or another of 1, 2 or 4 bytes.
+
+    Returns:
+        ``(packed [(n + 1) // 2, 1], state)``.
+
+    Raises:
+        ValueError, TypeError: an empty tensor, a dtype, format or blocksize that is not offered.
+    """
+    if isinstance(quant_type, str):
+        fmt = get_format(quant_type)
+    else:
+        fmt = formats.register_format(quant_type)
+    ops.check_float("A", A)
+    blocksize = formats.check_blocksize(64 if blocksize is None else blocksize)
+    if A.numel() == 0:
+        raise ValueError(f"A is empty (shape {list(A.shape)}): nothing to quantize")
+    codebook, thresholds, codes = fmt.tensors(A.device)
+    packed, scales = torch.ops.qlora_kernels.quantize_4bit(A, thresholds, codes, blocksize)
+    state = QuantState(scales, A.shape, codebook, blocksize, fmt.name, A.dtype)
+    if compress_statistics:
+        limits = formats.nested_thresholds().to(A.device)
+        state.absmax, nested, state.offset = torch.ops.qlora_kernels.quantize_absmax(
+            scales, limits, None
+        )
+        state.state2 = QuantState(
+            nested,
+            code=formats.nested_code(A.device),
+            blocksize=formats.NESTED_BLOCKSIZE,
+            dtype=torch.float32,
+        )
+    if quant_storage != torch.uint8:
+        size = torch.empty(0, dtype=quant_storage).element_size()
+        if packed.numel() % size:
+            raise ValueError(
+                f"{packed.numel()} packed bytes cannot be held as {quant_storage}: not a "
+                f"multiple of {size}"
+            )
+        packed = packed.view(quant_storage)
+    packed = packed.unsqueeze(1)
+    if out is not None:
+        packed = out.copy_(packed)
+    if absmax is not None:
+        state.absmax = absmax.copy_(state.absmax)
+    return packed, state
+
+
+def _bytes(packed: Tensor) -> Tensor:
+    if packed.dtype == torch.uint8:
+        return packed
+    return packed.contiguous().view(torch.uint8)
+
+
+def dequantize_4bit(
+    A: Tensor,
+    quant_state: QuantState,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The weight back: ``round(codebook[q] * absmax)``, in ``quant_state.shape``.
+
+    Args:
+        A: packed bytes of :func:`quantize_4bit`.
+        out: a contiguous tensor of that shape to write into; its dtype counts then.
+        dtype: fp32, bf16 or fp16; ``quant_state.dtype`` unless given.
+
+    Raises:
+        ValueError, TypeError: sizes that do not belong together, a dtype that is not offered.
+    """
+    shape = quant_state.shape
+    assert shape is not None
+    args = (_bytes(A), *quant_state.weight_args())
+    if out is None:
+        dtype = dtype or quant_state.dtype or torch.float32
+        return torch.ops.qlora_kernels.dequantize_4bit(*args, list(shape), dtype)
+    if out.shape != shape or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous with shape {list(shape)}, got {list(out.shape)}"
+            f"{'' if out.is_contiguous() else ', not contiguous'}"
+        )
+    if dtype is not None and dtype != out.dtype:
+        raise ValueError(f"dtype is {dtype}, but out is {out.dtype}")
+    torch.ops.qlora_kernels.dequantize_4bit.out(*args, out=out)
+    return out
+
+
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    state: QuantState,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_s: Tensor | None = None,
+    scaling: float = 1.0,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``x W^T + bias + scaling * S B^T`` on a packed weight ``W [N, K]``; ``S = x A^T``.
+
+    Args:
+        x: ``[..., K]``, fp32, bf16 or fp16.
+        packed, state: of :func:`quantize_4bit`.
+        bias: ``[N]``.
+        lora_a, lora_b: ``[r, K]`` and ``[N, r]``, LoRA's matrices, any of the three dtypes.
+        lora_s: ``[..., r]``, in place of ``lora_a``: ``dropout(x) @ A.T`` computed by the caller.
+        scaling: LoRA's ``alpha / r`` (or rsLoRA's ``alpha / sqrt(r)``).
+        compute_dtype: what x, bias, A and B are rounded to; ``x.dtype`` unless given. Sums are
+            fp32; the result is rounded once, to ``x.dtype``. Under autocast both are its dtype.
+
+    Returns:
+        ``[..., N]`` in ``x.dtype``. Differentiable in x, bias, lora_a, lora_b, lora_s.
+
+    Raises:
+        ValueError, TypeError: shapes, ranks or dtypes that do not go together.
+    """
+    shape = state.shape
+    if shape is None or len(shape) != 2:
+        raise ValueError(f"linear_4bit needs a weight [N, K], got shape {shape}")
+    if x.shape[-1] != shape[1]:
+        raise ValueError(
+            f"x has {x.shape[-1]} features, but the weight is [{shape[0]}, {shape[1]}]"
+        )
+    args = (
+        x,
+        _bytes(packed),
+        *state.weight_args(),
+        shape[0],
+        bias,
+        lora_a,
+        lora_b,
+        lora_s,
+        scaling,
+        compute_dtype or x.dtype,
+    )
+    return torch.ops.qlora_kernels.linear_4bit(*args)[0]
+
+
+def matmul_4bit(
+    A: Tensor,
+    B: Tensor,
+    quant_state: QuantState,
+    out: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """bitsandbytes' name for :func:`linear_4bit` without LoRA; ``out`` is copied into."""
+    y = linear_4bit(A, B, quant_state, bias)
+    return y if out is None else out.copy_(y)
+
+
+__all__ = [
+    "Format",
+    "FormatError",
+    "QuantState",
+    "dequantize_4bit",
+    "linear_4bit",
+    "matmul_4bit",
+    "quantize_4bit",
+]
