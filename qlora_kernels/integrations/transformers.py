@@ -1,0 +1,682 @@
+"""transformers: models quantized while they load, saved and loaded again by name.
+
+Two ways in, one machinery (a quantizer registered with transformers under ``qlora_kernels``)::
+
+    model = load_quantized_model("path or hub id", quant_type="nf4")
+
+    model = AutoModelForCausalLM.from_pretrained(..., quantization_config=QLoRAKernelsConfig())
+
+While loading, one dense tensor at a time is in memory beside the quantized model.
+:func:`load_quantized_model` also checks the files first, reads them without mapping them (a mapped
+file counts as resident), and takes bitsandbytes' 4-bit checkpoints without bitsandbytes.
+
+Importing this module registers the quantizer: a checkpoint saved here needs that import before
+``from_pretrained`` (``import qlora_kernels`` alone may not have brought transformers' part), since
+transformers skips quantizers that it does not know and *initialises the weights anew*.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..formats import FORMATS, Format, check_blocksize, get_format, register_format
+from ..nn import COMPUTE_DTYPES, CheckpointError, Linear4bit
+
+__all__ = [
+    "QLoRAKernelsConfig",
+    "QLoRAKernelsQuantizer",
+    "check_safetensors",
+    "default_dtype",
+    "install",
+    "load_quantized_model",
+]
+
+METHOD = "qlora_kernels"
+VERSION = 1
+
+
+def default_dtype() -> torch.dtype:
+    """What ``dtype="auto"`` means: bf16 where the hardware multiplies in it, else fp32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    cpu = torch.cpu
+    if cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _dtype(dtype: torch.dtype | str | None, argument: str) -> torch.dtype | None:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found is not None and found not in COMPUTE_DTYPES or (found is None and dtype is not None):
+        raise ValueError(f"{argument} must be float32, bfloat16 or float16, got {dtype!r}")
+    return found
+
+
+# --- configuration ------------------------------------------------------------------------------
+
+
+class QLoRAKernelsConfig(QuantizationConfigMixin):
+    """``quantization_config`` of ``from_pretrained``; names are those of ``BitsAndBytesConfig``.
+
+    Args:
+        bnb_4bit_quant_type: a format's name, or a ``Format`` of your own.
+        bnb_4bit_blocksize: values a scale, 16 to 4096.
+        bnb_4bit_use_double_quant: quantizes the scales as well.
+        bnb_4bit_compute_dtype: fp32, bf16, fp16 or their names; None computes in x's dtype.
+        llm_int8_skip_modules: names of modules to leave as they are, by transformers' rules: where
+            they are given they replace the default, which is the output layer.
+        load_in_4bit: taken, so that a ``BitsAndBytesConfig`` is changed by its name alone.
+
+    Raises:
+        ValueError: a value that is not offered, or a configuration of a later version.
+        TypeError: an unknown name; the nearest one is told.
+    """
+
+    def __init__(
+        self,
+        bnb_4bit_quant_type: str | Format = "nf4",
+        bnb_4bit_blocksize: int = 64,
+        bnb_4bit_use_double_quant: bool = True,
+        bnb_4bit_compute_dtype: torch.dtype | str | None = None,
+        llm_int8_skip_modules: list[str] | None = None,
+        load_in_4bit: bool = True,
+        version: int = VERSION,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            name = next(iter(unknown))
+            known = [k for k in self.__init__.__annotations__ if k not in ("unknown", "return")]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"QLoRAKernelsConfig takes no {name!r}{hint}")
+        if quant_method != METHOD:
+            raise ValueError(f"quant_method is {quant_method!r}, expected {METHOD!r}")
+        if version > VERSION:
+            raise ValueError(
+                f"the checkpoint was written by a later qlora_kernels (quantization_config version "
+                f"{version}, this one reads {VERSION}): upgrade the package"
+            )
+        if not load_in_4bit:
+            raise ValueError("load_in_4bit=False: leave quantization_config out instead")
+        if isinstance(bnb_4bit_quant_type, Format):
+            bnb_4bit_quant_type = register_format(bnb_4bit_quant_type).name
+        compute = _dtype(bnb_4bit_compute_dtype, "bnb_4bit_compute_dtype")
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version = version
+        self.bnb_4bit_quant_type = bnb_4bit_quant_type
+        self.bnb_4bit_blocksize = check_blocksize(bnb_4bit_blocksize)
+        self.bnb_4bit_use_double_quant = bool(bnb_4bit_use_double_quant)
+        # A name: torch.dtype is not JSON.
+        self.bnb_4bit_compute_dtype = str(compute).removeprefix("torch.") if compute else None
+        self.llm_int8_skip_modules = (
+            None if llm_int8_skip_modules is None else list(llm_int8_skip_modules)
+        )
+
+    @property
+    def is_quantizable(self) -> bool:
+        return True
+
+    @classmethod
+    def from_bitsandbytes(cls, config: Mapping[str, Any]) -> QLoRAKernelsConfig:
+        """The same as a ``BitsAndBytesConfig``'s dict says, for reading its checkpoints.
+
+        Raises:
+            ValueError: an 8-bit configuration.
+        """
+        if not config.get("load_in_4bit"):
+            raise ValueError("an 8-bit bitsandbytes checkpoint cannot be read: only 4-bit ones are")
+        names = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+        kwargs = {name: config[name] for name in names if config.get(name) is not None}
+        return cls(llm_int8_skip_modules=config.get("llm_int8_skip_modules"), **kwargs)
+
+
+# --- what runs while a checkpoint loads ---------------------------------------------------------
+
+_conversion_errors: list[str] = []  # transformers logs them and raises without their text
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        _conversion_errors.append(str(error))
+        raise
+
+
+def _only(value: Any) -> Tensor:
+    return value[0] if isinstance(value, list) else value
+
+
+class _Quantize(ConversionOps):
+    """A dense weight of a checkpoint into its layer."""
+
+    def __init__(self, hf_quantizer: HfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        result = {}
+        for name in list(input_dict):
+            value = _only(input_dict.pop(name))
+            module, _ = get_module_from_name(model, name)
+            if getattr(module, "_is_transposed_in_checkpoint", False):
+                value = value.T.contiguous()
+            with _reported():
+                result[name] = _fill(module, value, {}, name)
+        return result
+
+
+class _Deserialize(ConversionOps):
+    """A packed weight and its scales into their layer; all other weights as they are."""
+
+    def __init__(self, hf_quantizer: HfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str | None = None,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        assert full_layer_name is not None
+        module, _ = get_module_from_name(model, full_layer_name)
+        tensors = {key.removeprefix("weight."): _only(v) for key, v in input_dict.items()}
+        weight = tensors.pop("weight", None)
+        # A pattern stands for every format; the JSON inside says which one it is.
+        for key in [k for k in tensors if k.startswith("quant_state.")]:
+            blob = tensors.pop(key)
+            tensors[_state_key(blob, key)] = blob
+        with _reported():
+            if weight is None:
+                raise CheckpointError(f"{full_layer_name} is missing, its scales are there")
+            if isinstance(module, Linear4bit):
+                return {"weight": _fill(module, weight, tensors, full_layer_name)}
+            if tensors:
+                raise CheckpointError(
+                    f"{full_layer_name} is 4-bit in the checkpoint, but {type(module).__name__} "
+                    "takes a dense weight: llm_int8_skip_modules of the config does not agree"
+                )
+        parameter = getattr(module, "weight", None)
+        if parameter is not None and weight.is_floating_point():
+            weight = weight.to(parameter.dtype)
+        return {"weight": weight}
+
+
+_ANY_OWN_FORMAT = r"weight.quant_state.qlora_kernels__[A-Za-z0-9_.\-]+"
+
+
+def _state_key(blob: Tensor, key: str) -> str:
+    if "[" not in key:
+        return key
+    try:
+        name = json.loads(blob.numpy().tobytes().decode())["quant_type"]
+    except (ValueError, KeyError, TypeError):
+        name = "unknown"  # the reader will say what is wrong with the JSON
+    return f"quant_state.qlora_kernels__{name}"
+
+
+def _fill(module: Any, weight: Tensor, entries: dict[str, Tensor], name: str) -> Tensor:
+    """Sets scales and layout of a Linear4bit on meta; returns the packed weight to be set."""
+    packed, state, fmt = module._read(weight, entries, name)
+    module._adopt(state, fmt, packed.device)
+    return packed
+
+
+class QLoRAKernelsQuantizer(HfQuantizer):
+    """Swaps linear layers on the meta model and says how a checkpoint's tensors fill them."""
+
+    requires_calibration = False
+    quantization_config: QLoRAKernelsConfig
+
+    # What a "weight" of ours is made of in a checkpoint; one key more for every format.
+    serialized_names: ClassVar[dict[str, list[str]]] = {
+        "weight": [
+            "weight",
+            "weight.absmax",
+            "weight.quant_map",
+            "weight.nested_absmax",
+            "weight.nested_quant_map",
+            "weight.quant_state.bitsandbytes__nf4",
+            "weight.quant_state.bitsandbytes__fp4",
+            _ANY_OWN_FORMAT,
+        ]
+    }
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        return {"deserialize": _Deserialize}
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, Linear4bit) and name == "weight"
+
+    def update_device_map(self, device_map: Any) -> Any:
+        # As bitsandbytes: quantize where the model will run.
+        if device_map is None:
+            gpu = torch.cuda.is_available()
+            device_map = {"": torch.cuda.current_device() if gpu else "cpu"}
+        return device_map
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        skipped = self.get_modules_to_not_convert(
+            model, config.llm_int8_skip_modules, model._keep_in_fp32_modules
+        )
+        # A tied weight is read by an embedding as it is, whatever the user skips.
+        tied = model.all_tied_weights_keys
+        skipped += [key.removesuffix(".weight") for key in {*tied.keys(), *tied.values()}]
+        fmt: str | Format = config.bnb_4bit_quant_type
+        if self.pre_quantized and fmt not in FORMATS:
+            fmt = "nf4"  # a format of the checkpoint's own: its codebook comes with the tensors
+        fmt = get_format(fmt)
+        linears = [
+            (name, module)
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear or isinstance(module, Conv1D)
+            if should_convert_module(name, skipped)
+        ]
+        if not linears:
+            raise ValueError(
+                f"{type(model).__name__} has no linear layer to quantize (skipped: "
+                f"{', '.join(sorted(set(skipped))) or 'none'})"
+            )
+        for name, module in linears:
+            conv1d = isinstance(module, Conv1D)
+            k, n = module.weight.shape if conv1d else reversed(module.weight.shape)
+            bias = module.bias
+            new = Linear4bit(
+                k,
+                n,
+                bias is not None,
+                compute_dtype=_dtype(config.bnb_4bit_compute_dtype, "bnb_4bit_compute_dtype"),
+                quant_type=fmt,
+                blocksize=config.bnb_4bit_blocksize,
+                compress_statistics=config.bnb_4bit_use_double_quant,
+                device="meta",
+                dtype=module.weight.dtype,
+            )
+            new._is_transposed_in_checkpoint = conv1d and not self.pre_quantized
+            # transformers would draw what a checkpoint lacks; here that is an error, below.
+            new._is_hf_initialized = True
+            new.requires_grad_(False)
+            model.set_submodule(name, new)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        lacking = [
+            f"{name}.{key}"
+            for name, module in model.named_modules()
+            if isinstance(module, Linear4bit)
+            for key, parameter in module.named_parameters(recurse=False)
+            if module.absmax.is_meta or not getattr(parameter, "_is_hf_initialized", False)
+        ]
+        if lacking:
+            more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+            raise CheckpointError(
+                f"the checkpoint lacks {', '.join(lacking[:5])}{more}"
+            )
+        # Saving writes our modules' state dict as it is: nothing is to be converted back.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [
+            c
+            for c in conversions
+            if not any(isinstance(op, _Deserialize) for op in getattr(c, "operations", ()))
+        ]
+        # The flag turns on gradient checkpointing in prepare_model_for_kbit_training and keeps
+        # DataParallel away, and makes num_parameters() import bitsandbytes: so that is ours.
+        _count_packed_weights()
+        model.is_loaded_in_4bit = True
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dtype = _dtype(dtype, "dtype")  # config.dtype is a name once the model was saved
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Linear4bit):
+                model.set_submodule(name, module.dequantize(dtype))
+        model.is_loaded_in_4bit = False
+        return model
+
+
+def _count_packed_weights() -> None:
+    """Makes ``num_parameters()`` count a packed byte as two weights; other models are not touched.
+
+    transformers imports bitsandbytes there for every model that says ``is_loaded_in_4bit``.
+    """
+    from transformers.modeling_utils import ModuleUtilsMixin
+
+    original = ModuleUtilsMixin.num_parameters
+    if getattr(original, "_qlora_kernels", False):
+        return
+
+    @functools.wraps(original)
+    def num_parameters(
+        self: Any, only_trainable: bool = False, exclude_embeddings: bool = False
+    ) -> int:
+        packed = {
+            id(m.weight): m.in_features * m.out_features
+            for m in self.modules()
+            if isinstance(m, Linear4bit)
+        }
+        if not packed:
+            return original(self, only_trainable, exclude_embeddings)
+        embeddings = {
+            f"{name}.weight" for name, m in self.named_modules() if isinstance(m, nn.Embedding)
+        }
+        return sum(
+            packed.get(id(p), p.numel())
+            for name, p in self.named_parameters()
+            if (p.requires_grad or not only_trainable)
+            and not (exclude_embeddings and name in embeddings)
+        )
+
+    num_parameters._qlora_kernels = True  # type: ignore[attr-defined]
+    ModuleUtilsMixin.num_parameters = num_parameters  # type: ignore[method-assign]
+
+
+def install() -> None:
+    """Registers configuration and quantizer with transformers. Idempotent."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(QLoRAKernelsConfig)
+        register_quantizer(METHOD)(QLoRAKernelsQuantizer)
+
+
+install()
+
+
+# --- loading, with its files checked ------------------------------------------------------------
+
+
+def check_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header of a safetensors file, if the file is whole.
+
+    Returns:
+        name to ``{"dtype", "shape", "data_offsets"}``.
+
+    Raises:
+        CheckpointError: no header, a header that is not JSON or does not fit, or data that are
+            shorter or longer than the header says.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little") if len(start) == 8 else 0
+        if not 2 <= length <= size - 8:
+            raise CheckpointError(
+                f"{path} is not a safetensors file, or was cut off in its header ({size} bytes)"
+            )
+        try:
+            header = json.loads(file.read(length))
+            tensors = {k: v for k, v in header.items() if k != "__metadata__"}
+            end = max((v["data_offsets"][1] for v in tensors.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CheckpointError(
+                f"{path}: its header is not safetensors' JSON ({error})"
+            ) from None
+    want = 8 + length + end
+    if size != want:
+        kind = "truncated" if size < want else "too long"
+        raise CheckpointError(f"{path} is {kind}: its header needs {want} bytes, it has {size}")
+    return tensors
+
+
+def _check_weight_files(folder: Path) -> None:
+    """Config, safetensors and shards of a model's folder are there and whole."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: not a transformers model's folder")
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not an index of shards ({error!r})") from None
+        files = [folder / shard for shard in shards]
+        missing = [f.name for f in files if not f.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder} lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:5])}"
+            )
+    else:
+        others = [
+            f.name
+            for f in folder.iterdir()
+            if f.suffix in (".bin", ".pt", ".pth", ".gguf", ".ckpt")
+        ]
+        hint = ""
+        if others:
+            hint = (
+                f"; it has {', '.join(sorted(others)[:3])}, which is not read here (pickles can run "
+                "code): save the model once with save_pretrained, which writes safetensors"
+            )
+        raise FileNotFoundError(
+            f"{folder} holds no weights (model.safetensors or its shards){hint}"
+        )
+    names: dict[str, Path] = {}
+    for file in files:
+        for name in check_safetensors(file):
+            if name in names:
+                raise CheckpointError(f"{name} is in {names[name].name} and in {file.name}")
+            names[name] = file
+
+
+def _local_folder(model: str | os.PathLike[str], revision: str | None, token: Any) -> Path:
+    """``model`` if it is a folder, else the hub's files for it, downloaded to the cache."""
+    name = os.path.expanduser(os.fspath(model))
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"{name} is a file; give the folder that holds config.json")
+    if folder.is_absolute() or name.startswith(".") or name.count("/") > 1 or "\\" in name:
+        raise FileNotFoundError(f"there is no folder {name}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                token=token,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
+                ignore_patterns=["consolidated*", "*/*"],
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"there is no folder {name!r}, and the hub did not give a model of that name: {reason}"
+        ) from error
+
+
+@contextmanager
+def _read_not_mapped() -> Iterator[None]:
+    """Lets transformers read safetensors by ``pread``, as it does on Windows, and not map them.
+
+    A mapped page counts as resident until the file is closed, which adds the whole dense checkpoint
+    to the peak. Without the hook (another version) loading works all the same.
+    """
+    from transformers import modeling_utils
+
+    original = getattr(modeling_utils, "safe_open", None)
+    if original is None:
+        yield
+        return
+
+    def opened(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **{**kwargs, "backend": "pread"})
+
+    modeling_utils.safe_open = opened
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = original
+
+
+def load_quantized_model(
+    model: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    quant_type: str | Format | None = None,
+    blocksize: int | None = None,
+    double_quant: bool | None = None,
+    compute_dtype: torch.dtype | str | None = None,
+    skip_modules: list[str] | None = None,
+    device_map: Any = None,
+    model_class: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """A transformers model with its linear layers in 4 bits.
+
+    A dense checkpoint is quantized as it is read: the peak is the quantized model and about one
+    dense tensor. A checkpoint that is 4-bit already (ours, or bitsandbytes') is loaded as it is.
+
+    Args:
+        model: a local folder, or a name on the hub. Weights must be safetensors.
+        dtype: of everything that is not quantized; "auto" is :func:`default_dtype`.
+        quant_type, blocksize, double_quant: as in :class:`~qlora_kernels.nn.Linear4bit`; NF4 in
+            blocks of 64 with double quantization by default.
+        compute_dtype: what the 4-bit layers compute in; their input's dtype by default.
+        skip_modules: layers to leave dense, by transformers' rules; the output layer by default.
+        device_map: as in ``from_pretrained``; the current GPU by default, else the CPU.
+        model_class: whose ``from_pretrained`` is called; ``AutoModelForCausalLM`` by default, for
+            which a checkpoint that lacks weights is an error.
+        kwargs: to ``from_pretrained`` (``attn_implementation``, ...).
+
+    Raises:
+        FileNotFoundError: no such folder or hub model, or a folder without config or weights.
+        CheckpointError: truncated or inconsistent files, weights that are missing.
+        ValueError: values that are not offered, a checkpoint of another quantization method, or a
+            4-bit checkpoint that is not of the format asked for.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_class = model_class or AutoModelForCausalLM
+    dtype = default_dtype() if dtype == "auto" else dtype
+    dtype = _dtype(dtype, "dtype")
+    compute_dtype = _dtype(compute_dtype, "compute_dtype")
+    asked = {
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_blocksize": blocksize,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "llm_int8_skip_modules": skip_modules,
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    wanted = QLoRAKernelsConfig(**asked)  # checks the values before anything is read
+    get_format(wanted.bnb_4bit_quant_type)
+
+    folder = _local_folder(model, revision, token)
+    _check_weight_files(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    found = _found_config(config, folder)
+    if found is not None:
+        config.quantization_config = found.to_dict()
+    _conversion_errors.clear()
+    try:
+        with _read_not_mapped():
+            loaded, info = model_class.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                quantization_config=None if found is not None else wanted,
+                device_map=device_map,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **kwargs,
+            )
+    except RuntimeError as error:
+        if _conversion_errors:
+            raise CheckpointError("\n".join(_conversion_errors)) from error
+        raise
+    finally:
+        _conversion_errors.clear()
+    if model_class is AutoModelForCausalLM and info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise CheckpointError(f"{folder} has no weights for {', '.join(missing[:5])}{more}")
+    if found is not None:
+        _check_asked(loaded, quant_type, blocksize, double_quant, folder)
+        if compute_dtype is not None:
+            for module in loaded.modules():
+                if isinstance(module, Linear4bit):
+                    module.compute_dtype = compute_dtype
+    return loaded
+
+
+def _found_config(config: Any, folder: Path) -> QLoRAKernelsConfig | None:
+    """The quantization that a checkpoint's config tells of, as ours; None for a dense one."""
+    told = getattr(config, "quantization_config", None)
+    if told is None:
+        return None
+    told = told if isinstance(told, dict) else told.to_dict()
+    method = told.get("quant_method")
+    if method == METHOD:
+        return QLoRAKernelsConfig(**told)
+    if method == "bitsandbytes" or told.get("load_in_4bit") or told.get("load_in_8bit"):
+        return QLoRAKernelsConfig.from_bitsandbytes(told)
+    raise ValueError(
+        f"{folder} is quantized by {method!r} already: give the model that it was made from"
+    )
+
+
+def _check_asked(
+    model: nn.Module,
+    quant_type: str | Format | None,
+    blocksize: int | None,
+    double_quant: bool | None,
+    folder: Path,
+) -> None:
+    layer = next(m for m in model.modules() if isinstance(m, Linear4bit))
+    name = get_format(quant_type).name if quant_type is not None else None
+    for argument, want, got in (
+        ("quant_type", name, layer.quant_type),
+        ("blocksize", blocksize, layer.blocksize),
+        ("double_quant", double_quant, layer.compress_statistics),
+    ):
+        if want is not None and want != got:
+            raise ValueError(
+                f"{argument}={want!r} was asked for, but {folder} is quantized already with {got!r}"
+            )
