@@ -351,9 +351,14 @@ LIBRARY_ERROR: str | None = None
 """Why the native library was not loaded, or None when it was."""
 
 
-def _load_library() -> str | None:
+def library_path() -> Path:
+    """Where the native library is, or would be; ``QLORA_KERNELS_OPS`` names another file."""
     chosen = os.environ.get("QLORA_KERNELS_OPS")
-    path = Path(chosen) if chosen else Path(__file__).with_name("_ops.abi3.so")
+    return Path(chosen) if chosen else Path(__file__).with_name("_ops.abi3.so")
+
+
+def _load_library() -> str | None:
+    path = library_path()
     if not path.exists():
         return f"{path} does not exist; build it with `pip install .`"
     try:

@@ -1,0 +1,54 @@
+// The table of one instruction set; see kernels.h.
+#include "kernels.h"
+#include "simd.h"
+
+namespace qlk {
+namespace QLK_ISA {
+
+void quantize(const void*, DType, int64_t, const float*, const uint8_t*, int, int64_t, int64_t,
+              uint8_t*, float*);
+void quantize_absmax(const float*, int64_t, float, const float*, int64_t, int64_t, uint8_t*, float*);
+void dequantize(const Weight&, int64_t, int64_t, DType, void*, bool);
+void convert(const void*, DType, int64_t, DType, void*, DType, int64_t, int64_t, int64_t, bool,
+             float);
+void finish(const void*, DType, int64_t, const void*, DType, DType, void*, DType, int64_t, int64_t,
+            int64_t);
+float dot(const void*, DType, DType, const float*, int64_t);
+void pair_order(const void*, DType, DType, int64_t, void*, bool);
+void decode(const LinearArgs&, int64_t, int64_t);
+void tile(const LinearArgs&, int64_t, int64_t);
+#if QLK_LEVEL == 3
+void decode_bf16(const LinearArgs&, int64_t, int64_t);
+void tile_bf16(const LinearArgs&, int64_t, int64_t);
+#endif
+
+#define QLK_STRING_(s) #s
+#define QLK_STRING(s) QLK_STRING_(s)
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    QLK_STRING(QLK_ISA),
+    QLK_LEVEL == 3,
+    quantize,
+    quantize_absmax,
+    dequantize,
+    convert,
+    finish,
+    dot,
+    pair_order,
+    decode,
+#if QLK_LEVEL == 3
+    decode_bf16,
+#else
+    nullptr,
+#endif
+    tile,
+#if QLK_LEVEL == 3
+    tile_bf16,
+#else
+    nullptr,
+#endif
+};
+
+}  // namespace QLK_ISA
+}  // namespace qlk
