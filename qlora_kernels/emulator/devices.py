@@ -1,0 +1,360 @@
+"""Public figures of GPUs, with their sources, and the occupancy that follows from them.
+
+Every number is per device at its boost clock unless its name says otherwise, and every source is
+named: ``[W]`` the architecture's whitepaper or the product's data sheet, ``[G]`` the CUDA C++
+programming guide (compute capabilities; throughput of native arithmetic instructions), ``[O]``
+``cuda_occupancy.h`` of the CUDA toolkit, ``[B]`` the recorded results in github.com/te42kyfo/gpu-benches
+(MIT), ``[H]`` arXiv:2402.13499, "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture".
+
+Where no measurement is public for a device, the value of its nearest relative is scaled by what
+the data sheets say, and the source says ``from`` whom.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, replace
+from math import inf
+
+__all__ = ["DEVICES", "Device", "Occupancy", "Sm", "get_device", "occupancy"]
+
+
+@dataclass(frozen=True)
+class Sm:
+    """One multiprocessor of a compute capability.
+
+    Rates are warp instructions a clock a multiprocessor: 128 lanes of fp32 are a rate of 4. A pipe
+    that is not listed is not modelled.
+    """
+
+    threads: int  # resident threads [G]
+    blocks: int  # resident blocks [O]
+    shared: int  # bytes of shared memory at the largest carve-out [G]
+    shared_optin: int  # bytes a block may ask for [G]
+    shared_reserved: int  # bytes a block gives to the system [O]
+    shared_granularity: int  # bytes [O]
+    unified: int  # bytes of L1 and shared memory together [W]
+    rate: dict[str, float]  # [G]
+    registers: int = 65536
+    partitions: int = 4
+    issue: float = 4.0  # warp instructions a clock: one a scheduler [W]
+    shared_bytes_clk: int = 128  # [B] gpu-cache: L1 hits reach it as well
+    l1_latency: int = 34  # cycles, load to use, L1 hit [B] gpu-latency
+    shared_latency: int = 29  # cycles [H] table 4
+    alu_latency: int = 4  # cycles, dependent FFMA, IADD3 [H], and 4.5 for IMAD
+    mma_latency: int = 33  # cycles, dependent m16n8k16 HMMA [H] table 7, sm_80 and 90 alike
+
+
+# Rates [G]. "alu" is logic, integer add, compare, select, permute, shift; "imul" multiplies and
+# multiply-adds of integers; "xu" special functions and conversions; "lsu" the issue of one memory
+# instruction (wavefronts are counted apart); "half" packed fp16 and bf16 arithmetic; "uniform" the
+# scalar datapath; "fp64".
+_RATE_75 = {"fma": 2, "imul": 2, "alu": 2, "half": 2, "xu": 0.5, "lsu": 1, "uniform": 2,
+            "control": 2, "fp64": 0.0625}  # fmt: skip
+_RATE_80 = {**_RATE_75, "half": 4, "fp64": 1}
+_RATE_86 = {**_RATE_75, "fma": 4}
+_RATE_90 = {**_RATE_75, "fma": 4, "half": 4, "fp64": 2}
+_RATE_120 = {**_RATE_86, "alu": 2, "imul": 2}
+
+_SM = {
+    (7, 5): Sm(1024, 16, 65536, 65536, 0, 256, 98304, _RATE_75, shared_bytes_clk=128),
+    (8, 0): Sm(2048, 32, 167936, 166912, 1024, 128, 196608, _RATE_80),
+    (8, 6): Sm(1536, 16, 102400, 101376, 1024, 128, 131072, _RATE_86),
+    (8, 9): Sm(1536, 24, 102400, 101376, 1024, 128, 131072, _RATE_86),
+    (9, 0): Sm(2048, 32, 233472, 232448, 1024, 128, 262144, _RATE_90),
+    (10, 0): Sm(2048, 32, 233472, 232448, 1024, 128, 262144, _RATE_90),
+    (12, 0): Sm(1536, 24, 102400, 101376, 1024, 128, 131072, _RATE_120),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU as its maker and its measurers describe it.
+
+    Attributes (units): ``clock`` Hz; ``dram_bandwidth`` bytes/s of the data sheet;
+    ``dram_read`` bytes/s that a kernel which only reads was measured to get (the ceiling that the
+    model uses); ``l2_bytes``; ``l2_bandwidth`` bytes/s, reads, measured; ``tensor`` dense FLOP/s by
+    type with fp32 accumulation (integer operations for ``int8``); ``mma_sync`` the share of it that
+    warp-wide ``mma.sync`` reaches; latencies in cycles; ``launch`` seconds from one kernel's end to
+    the next one's start when both are queued in a stream.
+    """
+
+    key: str
+    name: str
+    capability: tuple[int, int]
+    sms: int
+    clock: float
+    memory: int
+    dram_bandwidth: float
+    dram_read: float
+    l2_bytes: int
+    l2_bandwidth: float
+    tensor: dict[str, float]
+    sources: dict[str, str]
+    mma_sync: float = 1.0
+    l2_latency: int = 265
+    dram_latency: int = 630
+    launch: float = 2.2e-6
+    memory_clock_khz: int = 0
+    bus_bits: int = 0
+    aliases: tuple[str, ...] = field(default=())
+
+    @property
+    def sm(self) -> Sm:
+        return _SM[self.capability]
+
+    @property
+    def target(self) -> str:
+        """The architecture to compile for, such as ``"sm_90"``."""
+        return f"sm_{self.capability[0]}{self.capability[1]}"
+
+    @property
+    def max_warps(self) -> int:
+        return self.sm.threads // 32
+
+    @property
+    def fp32_flops(self) -> float:
+        return self.sms * self.clock * self.sm.rate["fma"] * 64
+
+    @property
+    def issue_slots(self) -> float:
+        """Warp instructions a second, over all multiprocessors."""
+        return self.sms * self.clock * self.sm.issue
+
+    def slots_per_8_weights(self, bits: float = 4.127, bandwidth: float | None = None) -> float:
+        """Issue slots that a lane has for each 8 weights of ``bits`` bits while weights stream at
+        the data sheet's DRAM bandwidth (or ``bandwidth``): a decoder that needs more SASS than
+        this is bound by issue, not by memory."""
+        eights = (bandwidth or self.dram_bandwidth) / bits  # groups of 8 weights a second
+        return 32 * self.issue_slots / eights
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _tensor(sms: int, clock: float, fp16: int, **others: int) -> dict[str, float]:
+    """Dense FLOP/s from FLOP a clock a multiprocessor; bf16 as fp16 unless given."""
+    rates = {"fp16": fp16, "bf16": fp16, **others}
+    return {kind: sms * clock * rate for kind, rate in rates.items() if rate}
+
+
+GB, MB = 10**9, 2**20
+_READ = 0.92  # of the data sheet, where nobody's measurement of the device is at hand: the mean of
+#               the measured ones below, rounded (A100-40 .958, A100-80 .92, H100 PCIe .975,
+#               H200 .81, L40 .977, A40 .976)
+
+
+def _device(key: str, name: str, capability: tuple[int, int], sms: int, mhz: float, gib: int,
+            gbs: float, l2_mb: int, l2_gbs: float, tensor: dict[str, int], sources: dict[str, str],
+            read: float | None = None, **more) -> Device:  # fmt: skip
+    clock = mhz * 1e6
+    return Device(
+        key=key, name=name, capability=capability, sms=sms, clock=clock, memory=gib * 2**30,
+        dram_bandwidth=gbs * GB, dram_read=(gbs * _READ if read is None else read) * GB,
+        l2_bytes=l2_mb * MB, l2_bandwidth=l2_gbs * GB,
+        tensor=_tensor(sms, clock, **tensor), sources=sources, **more,
+    )  # fmt: skip
+
+
+_AMPERE = "[W] NVIDIA A100 whitepaper"
+_GA102 = "[W] NVIDIA GA102 whitepaper v2.1"
+_ADA = "[W] NVIDIA Ada GPU architecture whitepaper v2"
+_HOPPER = "[W] NVIDIA H100 whitepaper"
+_BLACKWELL = "[W] NVIDIA Blackwell architecture brief and HGX B200 data sheet"
+_GB202 = "[W] NVIDIA RTX Blackwell GPU architecture whitepaper"
+_MMA_SYNC_90 = "[H]: mma.sync reaches 62.9% of the peak that wgmma does"
+
+_TABLE = [
+    _device("t4", "Tesla T4", (7, 5), 40, 1590, 16, 320, 4, 1270, {"fp16": 1024, "bf16": 0, "int8": 2048},
+            {"figures": "[W] Turing whitepaper; T4 data sheet",
+             "l2": "arXiv:1903.07486 (Jia et al.), 1,270 GB/s measured",
+             "dram": "arXiv:1903.07486: 220 GB/s measured at a throttled clock is not used; 0.92 of the sheet"},
+            l2_latency=188, dram_latency=616, bus_bits=256, memory_clock_khz=5001000),
+    _device("a10", "A10", (8, 6), 72, 1695, 24, 600, 6, 2200, {"fp16": 1024, "tf32": 512, "int8": 2048},
+            {"figures": _GA102 + "; A10 data sheet", "l2": "from A40, by clock and slices",
+             "dram": "[B] A40's share of its sheet, .976"}, read=586, bus_bits=384, memory_clock_khz=6251000),
+    _device("rtx3090", "GeForce RTX 3090", (8, 6), 82, 1695, 24, 936, 6, 2200,
+            {"fp16": 512, "tf32": 256, "int8": 2048},
+            {"figures": _GA102, "l2": "from A40, by clock", "dram": "[B] A40's share of its sheet, .976"},
+            read=913, bus_bits=384, memory_clock_khz=9751000, aliases=("3090",)),
+    _device("a6000", "RTX A6000", (8, 6), 84, 1800, 48, 768, 6, 2300,
+            {"fp16": 1024, "tf32": 512, "int8": 2048},
+            {"figures": _GA102, "l2": "from A40, by clock", "dram": "[B] A40's share of its sheet, .976"},
+            read=750, bus_bits=384, memory_clock_khz=8001000, aliases=("rtxa6000",)),
+    _device("a40", "A40", (8, 6), 84, 1740, 48, 696, 6, 2260,
+            {"fp16": 1024, "tf32": 512, "int8": 2048},
+            {"figures": _GA102 + "; A40 data sheet", "l2": "[B] gpu-cache, a40",
+             "dram": "[B] gpu-stream, a40: read 679 GB/s"},
+            read=679, bus_bits=384, memory_clock_khz=7251000),
+    _device("a100-40", "A100-SXM4-40GB", (8, 0), 108, 1410, 40, 1555, 40, 5400,
+            {"fp16": 2048, "tf32": 1024, "int8": 4096},
+            {"figures": _AMPERE, "l2": "[B] gpu-l2-cache, a100_80",
+             "dram": "[B] gpu-stream, a100_40: read 1,490 GB/s", "latency": "[B] gpu-latency, a100_40"},
+            read=1490, l2_latency=211, dram_latency=574, bus_bits=5120, memory_clock_khz=1215000),
+    _device("a100-80", "A100-SXM4-80GB", (8, 0), 108, 1410, 80, 2039, 40, 5400,
+            {"fp16": 2048, "tf32": 1024, "int8": 4096},
+            {"figures": _AMPERE, "l2": "[B] gpu-l2-cache, a100_80: 5,415 GB/s",
+             "dram": "[B] gpu-l2-cache, a100_80: 1,877 GB/s beyond the cache",
+             "latency": "[B] gpu-latency, a100_80"},
+            read=1877, l2_latency=211, dram_latency=571, bus_bits=5120, memory_clock_khz=1593000,
+            aliases=("a100",)),
+    _device("rtx4090", "GeForce RTX 4090", (8, 9), 128, 2520, 24, 1008, 72, 4800,
+            {"fp16": 512, "tf32": 256, "int8": 2048, "fp8": 1024},
+            {"figures": _ADA, "l2": "from L40, by SMs and clock",
+             "dram": "[B] L40's share of its sheet, .977", "latency": "[B] gpu-latency, l40"},
+            read=985, l2_latency=276, dram_latency=632, bus_bits=384, memory_clock_khz=10501000,
+            aliases=("4090",)),
+    _device("l4", "L4", (8, 9), 58, 2040, 24, 300, 48, 1760,
+            {"fp16": 1024, "tf32": 512, "int8": 2048, "fp8": 2048},
+            {"figures": _ADA + "; L4 data sheet", "l2": "from L40, by SMs and clock",
+             "dram": "[B] L40's share of its sheet, .977", "latency": "[B] gpu-latency, l40"},
+            read=293, l2_latency=276, dram_latency=632, bus_bits=192, memory_clock_khz=6251000),
+    _device("l40", "L40", (8, 9), 142, 2490, 48, 864, 96, 5240,
+            {"fp16": 512, "tf32": 256, "int8": 2048, "fp8": 1024},
+            {"figures": _ADA + "; L40 data sheet (181 TFLOP/s fp16)", "l2": "[B] gpu-l2-cache, l40",
+             "dram": "[B] gpu-stream, l40: read 844 GB/s", "latency": "[B] gpu-latency, l40"},
+            read=844, l2_latency=276, dram_latency=632, bus_bits=384, memory_clock_khz=9001000),
+    _device("l40s", "L40S", (8, 9), 142, 2520, 48, 864, 96, 5300,
+            {"fp16": 1024, "tf32": 512, "int8": 2048, "fp8": 2048},
+            {"figures": _ADA + "; L40S data sheet", "l2": "from L40, by clock",
+             "dram": "[B] L40's, the same memory", "latency": "[B] gpu-latency, l40"},
+            read=844, l2_latency=276, dram_latency=632, bus_bits=384, memory_clock_khz=9001000),
+    _device("h100", "H100 SXM5 80GB", (9, 0), 132, 1830, 80, 3352, 50, 9000,
+            {"fp16": 4096, "tf32": 2048, "int8": 8192, "fp8": 8192},
+            {"figures": _HOPPER + " (the clock is that of its tensor figures; it boosts to 1,980 MHz)",
+             "l2": "from H200, by clock", "dram": "0.92 of the sheet", "mma_sync": _MMA_SYNC_90,
+             "latency": "[B] gpu-latency, h100_pcie"},
+            mma_sync=0.629, l2_latency=265, dram_latency=658, bus_bits=5120, memory_clock_khz=2619000,
+            aliases=("h100-sxm", "h100sxm")),
+    _device("h100-pcie", "H100 PCIe 80GB", (9, 0), 114, 1755, 80, 2039, 50, 6950,
+            {"fp16": 4096, "tf32": 2048, "int8": 8192, "fp8": 8192},
+            {"figures": _HOPPER + " (756 TFLOP/s at 1,620 MHz: 350 W do not hold the boost clock)",
+             "l2": "[B] gpu-l2-cache, h100_pcie", "dram": "[B] gpu-l2-cache, h100_pcie: 1,989 GB/s",
+             "mma_sync": _MMA_SYNC_90, "latency": "[B] gpu-latency, h100_pcie"},
+            read=1989, mma_sync=0.629, l2_latency=265, dram_latency=658, bus_bits=5120,
+            memory_clock_khz=1593000),
+    _device("h200", "H200 SXM 141GB", (9, 0), 132, 1830, 141, 4800, 50, 9780,
+            {"fp16": 4096, "tf32": 2048, "int8": 8192, "fp8": 8192},
+            {"figures": "[W] H200 data sheet; clocks as H100", "l2": "[B] gpu-l2-cache, h200",
+             "dram": "[B] gpu-l2-cache, h200: 3,888 GB/s beyond the cache", "mma_sync": _MMA_SYNC_90,
+             "latency": "[B] gpu-latency, h100_pcie"},
+            read=3888, mma_sync=0.629, l2_latency=265, dram_latency=658, bus_bits=6144,
+            memory_clock_khz=3201000),
+    _device("gh200", "GH200 96GB", (9, 0), 132, 1830, 96, 4000, 50, 9000,
+            {"fp16": 4096, "tf32": 2048, "int8": 8192, "fp8": 8192},
+            {"figures": "[W] GH200 data sheet (HBM3, 96 GB)", "l2": "from H200, by clock",
+             "dram": "0.92 of the sheet", "mma_sync": _MMA_SYNC_90,
+             "latency": "[B] gpu-latency, h100_pcie"},
+            mma_sync=0.629, l2_latency=265, dram_latency=658, bus_bits=6144, memory_clock_khz=2619000),
+    _device("b200", "B200 SXM 180GB", (10, 0), 148, 1850, 180, 8000, 126, 12000,
+            {"fp16": 8192, "tf32": 4096, "int8": 16384, "fp8": 16384},
+            {"figures": _BLACKWELL, "l2": "from H200, by SMs; nothing measured at hand",
+             "dram": "0.92 of the sheet",
+             "mma_sync": "no public figure at hand: taken as Hopper's FLOP a clock, a quarter of "
+                         "what tcgen05 does; a guess",
+             "latency": "from H100; nothing measured at hand"},
+            mma_sync=0.3145, l2_latency=300, dram_latency=750, bus_bits=8192, memory_clock_khz=3996000),
+    _device("rtx5090", "GeForce RTX 5090", (12, 0), 170, 2407, 32, 1792, 96, 6050,
+            {"fp16": 512, "tf32": 256, "int8": 2048, "fp8": 1024},
+            {"figures": _GB202, "l2": "from L40, by SMs and clock", "dram": "0.92 of the sheet",
+             "latency": "from L40"},
+            l2_latency=276, dram_latency=632, bus_bits=512, memory_clock_khz=14001000,
+            aliases=("5090",)),
+]  # fmt: skip
+
+# Its tensor figures are for a lower clock than its boost.
+_TABLE = [
+    replace(d, tensor={k: v * 1620 / 1755 for k, v in d.tensor.items()})
+    if d.key == "h100-pcie"
+    else d
+    for d in _TABLE
+]
+DEVICES: dict[str, Device] = {device.key: device for device in _TABLE}
+_ALIASES = {alias: d.key for d in _TABLE for alias in (d.key, *d.aliases)}
+
+
+def get_device(name: str | Device) -> Device:
+    """The device called ``name`` (``"h100"``, ``"RTX 4090"``, ``"a100-40"``; case, blanks and dashes
+    do not matter). Raises ``ValueError`` with the nearest names for one that is not in the table."""
+    if isinstance(name, Device):
+        return name
+
+    def plain(text: str) -> str:
+        return text.lower().replace(" ", "").replace("-", "").replace("_", "")
+
+    names = {plain(alias): key for alias, key in _ALIASES.items()}
+    names.update({plain(d.name): d.key for d in _TABLE})
+    key = names.get(plain(str(name)))
+    if key is None:
+        close = difflib.get_close_matches(plain(str(name)), names, n=3, cutoff=0.4)
+        nearest = ", ".join(dict.fromkeys(names[c] for c in close))
+        raise ValueError(
+            f"no device {name!r}"
+            + (f"; did you mean {nearest}?" if nearest else "")
+            + f" Known: {', '.join(DEVICES)}."
+        )
+    return DEVICES[key]
+
+
+def with_figures(device: str | Device, **changes) -> Device:
+    """A device with some figures replaced: what if it had more bandwidth, a lower clock?"""
+    return replace(get_device(device), **changes)
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """Resident blocks a multiprocessor, and which resource allows no more.
+
+    ``limits`` maps ``registers``, ``shared``, ``warps``, ``blocks`` (and ``barriers``, where they are
+    counted) to the blocks that each alone would allow."""
+
+    blocks: int
+    warps: int
+    share: float
+    limiter: str
+    limits: dict[str, float]
+
+
+def occupancy(
+    device: str | Device, threads: int, registers: int, shared: int = 0, barriers: int = 0
+) -> Occupancy:
+    """How many blocks of a kernel fit on a multiprocessor: the arithmetic of ``cuda_occupancy.h``,
+    at the largest shared-memory carve-out.
+
+    ``threads`` a block, ``registers`` a thread as the compiler reports them, ``shared`` bytes a
+    block (static and dynamic; the system's share is added here). ``blocks`` is 0 for a kernel that
+    cannot be launched.
+    """
+    device = get_device(device)
+    sm = device.sm
+    if threads < 1:
+        raise ValueError(f"threads={threads}: a block has at least one")
+    warps = -(-threads // 32)
+
+    def up(value: int, step: int) -> int:
+        return -(-value // step) * step
+
+    per_warp = up(registers * 32, 256)
+    if per_warp * up(warps, sm.partitions) > sm.registers or registers > 255:
+        by_registers: float = 0
+    elif per_warp == 0:
+        by_registers = inf
+    else:
+        by_registers = sm.registers // sm.partitions // per_warp * sm.partitions // warps
+    total = up(shared + sm.shared_reserved, sm.shared_granularity)
+    if total > sm.shared_optin + sm.shared_reserved:
+        by_shared: float = 0
+    else:
+        by_shared = sm.shared // total if total else inf
+    limits = {
+        "registers": by_registers,
+        "shared": by_shared,
+        "warps": device.max_warps // warps if threads <= 1024 else 0,
+        "blocks": sm.blocks,
+    }
+    if barriers and device.capability >= (9, 0):
+        per_block = 2 if device.capability in ((9, 0), (10, 0)) else 1
+        limits["barriers"] = sm.blocks * per_block // barriers
+    limiter = min(limits, key=lambda k: limits[k])
+    blocks = int(limits[limiter])
+    return Occupancy(blocks, blocks * warps, blocks * warps / device.max_warps, limiter, limits)
