@@ -1,0 +1,95 @@
+# From a bare clone: `make demo` or `make test`. Both set everything up first, once.
+#
+#   make demo           finetune a real model in 4 bits and compare it with before
+#   make test           lint, types, the sanitizer's share and the quick tests (what CI runs)
+#   make test-full      the full test matrix
+#   make test-sanitize  the CPU kernels' tests under ASan and UBSan
+#   make bench          the benchmarks, beside bitsandbytes, dense bf16 and the machine's limits
+#   make build          the native libraries, in place
+#   make format         rewrites sources as `make lint` wants them
+#   make clean          removes what was built; `make distclean` the environment too
+#
+# PYTHON=python3.12 picks the interpreter of a new environment. Where PyPI's torch is a CUDA build,
+# PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels saves gigabytes.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+REQUIREMENTS := $(wildcard requirements/*.txt)
+CXX_SOURCES = $(shell git ls-files -co --exclude-standard 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp')
+PYTHON_SOURCES := setup.py qlora_kernels tests $(wildcard benchmarks) $(wildcard scripts)
+# Warnings end CI, not the build of someone whose compiler knows a new one.
+export QLORA_KERNELS_WERROR ?= $(if $(CI),1,0)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+TEST_JOBS ?= 2
+
+.PHONY: help
+help:
+	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
+
+# --- the environment: stamps say which requirements it has ---------------------------------------
+
+$(VENV)/demo.stamp: $(REQUIREMENTS) scripts/setup_venv.sh
+	@PYTHON="$(PYTHON)" scripts/setup_venv.sh $(VENV) demo
+	@touch $@
+
+$(VENV)/dev.stamp: $(REQUIREMENTS) scripts/setup_venv.sh $(VENV)/demo.stamp
+	@PYTHON="$(PYTHON)" scripts/setup_venv.sh $(VENV) dev
+	@touch $@
+
+# The package itself, as a link to this folder; no build here, `make build` is quicker at it.
+$(VENV)/package.stamp: pyproject.toml setup.py $(VENV)/demo.stamp
+	@$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.PHONY: setup build
+setup: $(VENV)/dev.stamp
+
+build: $(VENV)/package.stamp
+	@$(PY) setup.py --quiet build_ext --inplace
+
+# --- what there is to run ------------------------------------------------------------------------
+
+.PHONY: demo bench
+demo: build
+	@$(PY) -m qlora_kernels.cli demo $(DEMO_ARGS)
+
+bench: setup build
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script; done
+
+# --- checks --------------------------------------------------------------------------------------
+
+.PHONY: lint format types test test-full test-sanitize test-sanitize-quick
+lint: setup
+	@$(VENV)/bin/ruff check $(PYTHON_SOURCES)
+	@$(VENV)/bin/ruff format --check $(PYTHON_SOURCES)
+	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: setup
+	@$(VENV)/bin/ruff check --fix $(PYTHON_SOURCES)
+	@$(VENV)/bin/ruff format $(PYTHON_SOURCES)
+	@$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+types: setup
+	@$(VENV)/bin/mypy
+
+test: lint types build
+	@$(PY) -m pytest -q -n $(TEST_JOBS) --dist loadfile -m "not full" $(PYTEST_ARGS)
+
+test-full: lint types build
+	@$(PY) -m pytest -q -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+
+# --- cleaning ------------------------------------------------------------------------------------
+
+.PHONY: clean distclean
+clean:
+	rm -rf build dist *.egg-info qlora_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(VENV)/package.stamp
+
+distclean: clean
+	rm -rf $(VENV)

