@@ -2,15 +2,15 @@
 
 :class:`Linear4bit` is an ``nn.Linear`` to whoever asks (PEFT's ``all-linear`` does), but keeps
 
-===================  ===========================  ===================================================
-``weight``           parameter, uint8, frozen     two values a byte, the earlier in the high nibble
-``absmax``           buffer, uint8 or fp32        one scale a block: an 8-bit code, or the scale
-``quant_map``        buffer, fp32 [16]            the codebook
-``nested_absmax``    buffer, fp32                 double quantization: one scale per 256 scales
-``nested_quant_map`` buffer, fp32 [256]           ... and what the 8-bit codes mean
-``nested_offset``    buffer, fp32 []              ... and what is added
-``bias``             parameter                    as in ``nn.Linear``
-===================  ===========================  ===================================================
+===================  =========================  =================================================
+``weight``           parameter, uint8, frozen   two values a byte, the earlier in the high nibble
+``absmax``           buffer, uint8 or fp32      one scale a block: an 8-bit code, or the scale
+``quant_map``        buffer, fp32 [16]          the codebook
+``nested_absmax``    buffer, fp32               double quantization: one scale per 256 scales
+``nested_quant_map`` buffer, fp32 [256]         ... and what the 8-bit codes mean
+``nested_offset``    buffer, fp32 []            ... and what is added
+``bias``             parameter                  as in ``nn.Linear``
+===================  =========================  =================================================
 
 The weight is a *parameter*, so that tools which move, count and save parameters see it; the scales
 are *buffers*, so that ``prepare_model_for_kbit_training``, which casts parameters up, leaves them;
@@ -85,7 +85,7 @@ _TENSOR_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 def checkpoint_entries(state: F4.QuantState, fmt: Format) -> dict[str, Tensor]:
     """The scales of one packed weight as tensors, for a state dict.
 
-    The keys, their order and the JSON's bytes are bitsandbytes' (read: its ``QuantState.as_dict``)::
+    Keys, their order and the JSON's bytes are bitsandbytes' (read in its ``QuantState.as_dict``)::
 
         absmax            uint8 [blocks] (nested) or fp32 [blocks]
         quant_map         fp32 [16]
@@ -99,20 +99,23 @@ def checkpoint_entries(state: F4.QuantState, fmt: Format) -> dict[str, Tensor]:
     are not the midpoints of its codebook also puts ``thresholds`` (15 values, ties folded in) in
     the JSON. Dequantization needs ``quant_map`` alone.
     """
+    shape, code, state2, offset = state.shape, state.code, state.state2, state.offset
+    assert shape is not None and code is not None
     info: dict[str, Any] = {
         "quant_type": fmt.name,
         "blocksize": state.blocksize,
         "dtype": str(state.dtype).removeprefix("torch."),
-        "shape": list(state.shape),
+        "shape": list(shape),
     }
     # Tables are cloned: layers share them in memory, and safetensors refuses shared storage.
-    entries = {"absmax": state.absmax, "quant_map": state.code.clone()}
-    if state.nested:
-        entries["nested_absmax"] = state.state2.absmax
-        entries["nested_quant_map"] = state.state2.code.clone()
-        info["nested_blocksize"] = state.state2.blocksize
+    entries = {"absmax": state.absmax, "quant_map": code.clone()}
+    if state2 is not None:
+        assert state2.code is not None and offset is not None
+        entries["nested_absmax"] = state2.absmax
+        entries["nested_quant_map"] = state2.code.clone()
+        info["nested_blocksize"] = state2.blocksize
         info["nested_dtype"] = "float32"
-        info["nested_offset"] = state.offset.item()
+        info["nested_offset"] = offset.item()
     prefix = _PEER_PREFIX
     if fmt not in _PEER_FORMATS or state.blocksize not in _PEER_BLOCKSIZES:
         prefix = _OWN_PREFIX
@@ -161,7 +164,7 @@ def read_checkpoint_entries(
         raise fail(f"weight.{key} holds {type(info).__name__}, not a JSON object")
 
     nested = "nested_absmax" in entries
-    needed = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
+    needed: dict[str, Any] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
     if nested:
         needed |= {"nested_blocksize": int, "nested_dtype": str, "nested_offset": (int, float)}
     for name, kind in needed.items():
@@ -313,7 +316,8 @@ class Linear4bit(nn.Linear):
         FormatError: an unknown format.
     """
 
-    # Buffers by name, for readers and type checkers.
+    # By name, for readers and type checkers.
+    weight: nn.Parameter
     absmax: Tensor
     quant_map: Tensor
     nested_absmax: Tensor | None
@@ -501,15 +505,15 @@ class Linear4bit(nn.Linear):
         """The scales as :class:`qlora_kernels.functional.QuantState`; tensors are not copied."""
         b, layout = self._buffers, self._layout
         state2 = None
-        if layout.nested:
+        if self.nested_absmax is not None:
             state2 = F4.QuantState(
-                absmax=b["nested_absmax"],
+                absmax=self.nested_absmax,
                 code=b["nested_quant_map"],
                 blocksize=NESTED_BLOCKSIZE,
                 dtype=torch.float32,
             )
         return F4.QuantState(
-            absmax=b["absmax"],
+            absmax=self.absmax,
             shape=torch.Size((self.out_features, self.in_features)),
             code=b["quant_map"],
             blocksize=layout.blocksize,
@@ -564,7 +568,7 @@ class Linear4bit(nn.Linear):
 
     # -- what nn.Module does to modules --
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:  # type: ignore[override]
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
         # .to(bfloat16) and .half() cast what is floating point, .type() casts everything. Bytes
         # and scales only ever move.
         frozen = {id(self.weight), *map(id, self._buffers.values())}
@@ -625,16 +629,22 @@ class Linear4bit(nn.Linear):
             self._non_persistent_buffers_set = non_persistent
         if weight is not None and loaded is None and prefix + "weight" in missing_keys:
             missing_keys.remove(prefix + "weight")  # it was there; the error says what is wrong
-        still_meta = meta and self.weight.device.type == "meta"
-        if loaded is None or len(error_msgs) > errors or (still_meta and not weight.is_meta):
+        if loaded is None or weight is None or len(error_msgs) > errors:
             return
-        self._adopt(*loaded, self.weight.device)
+        if meta and self.weight.is_meta and not weight.is_meta:
+            return  # without assign=True nothing can be copied there; torch warns
+        self._adopt(*loaded, self.weight.device, local_metadata.get("assign_to_params_buffers"))
 
-    def _adopt(self, state: F4.QuantState, fmt: Format, device: torch.device) -> None:
-        """Takes the scales and the layout of ``state``."""
-        self._layout.take(_Layout(fmt, state.blocksize, state.nested, state.dtype))
+    def _adopt(
+        self, state: F4.QuantState, fmt: Format, device: torch.device, assign: bool | None = True
+    ) -> None:
+        """Takes the layout of ``state`` and its scales, or copies of them."""
+        dtype = state.dtype or self._layout.dtype
+        self._layout.take(_Layout(fmt, state.blocksize, state.nested, dtype))
         for name, value in _buffers_of(state).items():
-            self._buffers[name] = None if value is None else value.to(device)
+            if value is not None:
+                value = value.to(device, copy=not assign)
+            self._buffers[name] = value
 
     def _read(
         self, weight: Tensor, entries: dict[str, Tensor], where: str
@@ -692,6 +702,8 @@ class Linear4bit(nn.Linear):
                 f"takes {self.in_features}"
             )
         b, layout = self._buffers, self._layout
+        weight: Tensor | None
+        bias: Tensor | None
         try:
             weight, bias = self._parameters["weight"], self._parameters["bias"]
         except KeyError:  # a replica of nn.DataParallel has plain attributes
@@ -849,9 +861,9 @@ class LoraLinear4bit(Linear4bit):
         self.scaling = self.lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.adapter_enabled = True
         self._unmerged: _Group | None = None
-        place = {"device": self.weight.device, "dtype": lora_dtype}
-        self.lora_A = nn.Parameter(torch.empty(r, in_features, **place))
-        self.lora_B = nn.Parameter(torch.empty(out_features, r, **place))
+        like = torch.empty(0, device=self.weight.device, dtype=lora_dtype)
+        self.lora_A = nn.Parameter(like.new_empty(r, in_features))
+        self.lora_B = nn.Parameter(like.new_empty(out_features, r))
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
@@ -870,7 +882,7 @@ class LoraLinear4bit(Linear4bit):
     def forward(self, x: Tensor) -> Tensor:
         if self._unmerged is not None or not self.adapter_enabled:
             return self.linear(x)
-        p = self._parameters
+        p: dict[str, Any] = self._parameters
         if self.training and self.lora_dropout > 0.0:
             dropped = F.dropout(x, self.lora_dropout)
             s = lora_projection(dropped, p["lora_A"], self.compute_dtype)
@@ -1107,26 +1119,27 @@ def replace_linear_layers(
     first_of_weight = {
         names[0]: owners[id(model.get_submodule(names[0]).weight)][0][0] for names, _ in chosen
     }
-    module = output = None
+    del module
+    output = None
     for names, adapted in chosen:
-        module = model.get_submodule(names[0])
+        linear: Any = model.get_submodule(names[0])
         extra = lora.layer_kwargs() if lora is not None and adapted else {}
         cls = LoraLinear4bit if extra else Linear4bit
         owner = model.get_submodule(first_of_weight[names[0]])
         if isinstance(owner, Linear4bit):  # its weight is packed already, here or before
             new = cls.from_quantized(owner, **extra)
-            new.bias = module.bias
+            new.bias = linear.bias
         else:
-            new = cls.from_linear(module, **kwargs, **extra)
-            report.weights += module.weight.numel()
-            report.bytes_before += module.weight.numel() * module.weight.element_size()
+            new = cls.from_linear(linear, **kwargs, **extra)
+            report.weights += linear.weight.numel()
+            report.bytes_before += linear.weight.numel() * linear.weight.element_size()
             report.bytes_after += _packed_bytes(new)
         for name in names:
             model.set_submodule(name, new)
             report.replaced[name] = (new.out_features, new.in_features)
             if extra:
                 report.adapters.append(name)
-        del module, owner, new
+        del linear, owner, new
     report.bytes_kept = sum(
         p.numel() * p.element_size() for p in model.parameters() if p.dtype != torch.uint8
     )
@@ -1157,7 +1170,7 @@ def _weight_owners(model: nn.Module) -> dict[int, list[tuple[str, bool]]]:
 
 def _reason_to_skip(
     names: list[str],
-    module: nn.Module,
+    module: Any,
     wanted: list[str],
     unwanted: list[str],
     output: nn.Module | None,

@@ -50,17 +50,16 @@ class FusedLoraLinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs or self.merged_adapters):
-            base = self._modules["base_layer"]
+            base: Any = self._modules["base_layer"]
             if self._disable_adapters:
                 return base(x)
-            active = self._active_adapter
-            if not isinstance(active, str):
-                active = active[0] if len(active) == 1 else None
+            names = self._active_adapter
+            active = names if isinstance(names, str) else names[0] if len(names) == 1 else None
             if active is not None and not _overridden(base):
-                a = self._modules["lora_A"]._modules.get(active)
+                a = self._modules["lora_A"]._modules.get(active)  # type: ignore[union-attr]
                 if a is None:
                     return base(x)
-                b = self._modules["lora_B"]._modules[active]
+                b: Any = self._modules["lora_B"]._modules[active]  # type: ignore[union-attr]
                 if (
                     active not in self.lora_variant
                     and not self.lora_bias[active]
@@ -74,11 +73,11 @@ class FusedLoraLinear(PeftLinear):
                 return super().forward(x, *args, **kwargs)
         return super().forward(x, *args, **kwargs)
 
-    def _fused(self, x: Tensor, base: Any, active: str, a: nn.Module, b: nn.Module) -> Tensor:
+    def _fused(self, x: Tensor, base: Linear4bit, active: str, a: Any, b: Any) -> Tensor:
         a_weight, b_weight = a._parameters["weight"], b._parameters["weight"]
         scaling = self.scaling[active]
         if self.training:
-            dropout = self._modules["lora_dropout"]._modules[active]
+            dropout = self.lora_dropout[active]
             if not isinstance(dropout, nn.Identity):
                 s = lora_projection(dropout(x), a_weight, base.compute_dtype)
                 return base.linear(x, None, b_weight, s, scaling)
@@ -87,7 +86,13 @@ class FusedLoraLinear(PeftLinear):
     # -- a dense base weight, for a while --
 
     def get_base_layer(self) -> nn.Module:
-        return self.__dict__.get("_dense") or super().get_base_layer()
+        dense: nn.Module | None = self.__dict__.get("_dense")
+        return super().get_base_layer() if dense is None else dense
+
+    def _packed_layer(self) -> Linear4bit:
+        layer = super().get_base_layer()
+        assert isinstance(layer, Linear4bit)
+        return layer
 
     @contextmanager
     def _dense_base(self, group: _Group | None = None) -> Iterator[nn.Linear]:
@@ -99,7 +104,7 @@ class FusedLoraLinear(PeftLinear):
         if "_dense" in self.__dict__:
             yield self.__dict__["_dense"]
             return
-        base = super().get_base_layer()
+        base = self._packed_layer()
         own = base._group()
         try:
             if group is not None:
@@ -120,7 +125,7 @@ class FusedLoraLinear(PeftLinear):
         init = config.init_lora_weights
         if init in _WEIGHT_FREE_INITS and self.resolve_lora_variant(config=config) is None:
             return super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-        base = super().get_base_layer()
+        base = self._packed_layer()
         with self._dense_base() as dense:
             before = dense.weight.detach().clone()
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
@@ -149,7 +154,7 @@ class FusedLoraLinear(PeftLinear):
             "by the rounding error, which can be as large as the update",
             stacklevel=2,
         )
-        base = super().get_base_layer()
+        base = self._packed_layer()
         merged, before = self.merged_adapters, self.__dict__.get("_unmerged")
         if before is None:
             before = (base._group(), base.bias)
@@ -175,7 +180,7 @@ class FusedLoraLinear(PeftLinear):
         if "_dense" in self.__dict__ or not self.merged:
             super().unmerge()
             return
-        base = super().get_base_layer()
+        base = self._packed_layer()
         device = base.weight.device
         group, base.bias = self.__dict__.pop("_unmerged")
         base._set_group(group)
@@ -210,19 +215,19 @@ def _dispatch(
 
 def install() -> None:
     """Makes PEFT's LoRA use :class:`FusedLoraLinear` for our layers. Idempotent."""
-    original = lora_model.dispatch_default
+    original = lora_model.dispatch_default  # type: ignore[attr-defined]
     if getattr(original, "_qlora_kernels", False):
         return
 
     @functools.wraps(original)
-    def dispatch_default(target, adapter_name, config, parameter_name=None, **kwargs):  # type: ignore[no-untyped-def]
+    def dispatch_default(target, adapter_name, config, parameter_name=None, **kwargs):
         new = _dispatch(target, adapter_name, config, parameter_name, **kwargs)
         if new is None:
             new = original(target, adapter_name, config, parameter_name=parameter_name, **kwargs)
         return new
 
     dispatch_default._qlora_kernels = True  # type: ignore[attr-defined]
-    lora_model.dispatch_default = dispatch_default
+    lora_model.dispatch_default = dispatch_default  # type: ignore[attr-defined]
 
 
 install()

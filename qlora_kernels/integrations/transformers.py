@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def default_dtype() -> torch.dtype:
 
 def _dtype(dtype: torch.dtype | str | None, argument: str) -> torch.dtype | None:
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found is not None and found not in COMPUTE_DTYPES or (found is None and dtype is not None):
+    if dtype is not None and found not in COMPUTE_DTYPES:
         raise ValueError(f"{argument} must be float32, bfloat16 or float16, got {dtype!r}")
     return found
 
@@ -106,7 +106,7 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
     ) -> None:
         if unknown:
             name = next(iter(unknown))
-            known = [k for k in self.__init__.__annotations__ if k not in ("unknown", "return")]
+            known = [k for k in type(self).__init__.__annotations__ if k[:4] in ("bnb_", "llm_")]
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"QLoRAKernelsConfig takes no {name!r}{hint}")
@@ -253,7 +253,7 @@ class QLoRAKernelsQuantizer(HfQuantizer):
     quantization_config: QLoRAKernelsConfig
 
     # What a "weight" of ours is made of in a checkpoint; one key more for every format.
-    serialized_names: ClassVar[dict[str, list[str]]] = {
+    serialized_names = {  # noqa: RUF012 (as the base class has it)
         "weight": [
             "weight",
             "weight.absmax",
@@ -332,9 +332,10 @@ class QLoRAKernelsQuantizer(HfQuantizer):
                 device="meta",
                 dtype=module.weight.dtype,
             )
-            new._is_transposed_in_checkpoint = conv1d and not self.pre_quantized
+            marks = new.__dict__
+            marks["_is_transposed_in_checkpoint"] = conv1d and not self.pre_quantized
             # transformers would draw what a checkpoint lacks; here that is an error, below.
-            new._is_hf_initialized = True
+            marks["_is_hf_initialized"] = True
             new.requires_grad_(False)
             model.set_submodule(name, new)
 
@@ -348,9 +349,7 @@ class QLoRAKernelsQuantizer(HfQuantizer):
         ]
         if lacking:
             more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-            raise CheckpointError(
-                f"the checkpoint lacks {', '.join(lacking[:5])}{more}"
-            )
+            raise CheckpointError(f"the checkpoint lacks {', '.join(lacking[:5])}{more}")
         # Saving writes our modules' state dict as it is: nothing is to be converted back.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [
@@ -483,8 +482,8 @@ def _check_weight_files(folder: Path) -> None:
         hint = ""
         if others:
             hint = (
-                f"; it has {', '.join(sorted(others)[:3])}, which is not read here (pickles can run "
-                "code): save the model once with save_pretrained, which writes safetensors"
+                f"; it has {', '.join(sorted(others)[:3])}, not read here (a pickle can run code): "
+                "save the model once with save_pretrained, which writes safetensors"
             )
         raise FileNotFoundError(
             f"{folder} holds no weights (model.safetensors or its shards){hint}"
@@ -534,8 +533,9 @@ def _read_not_mapped() -> Iterator[None]:
     A mapped page counts as resident until the file is closed, which adds the whole dense checkpoint
     to the peak. Without the hook (another version) loading works all the same.
     """
-    from transformers import modeling_utils
+    import transformers.modeling_utils
 
+    modeling_utils: Any = transformers.modeling_utils
     original = getattr(modeling_utils, "safe_open", None)
     if original is None:
         yield
@@ -593,10 +593,9 @@ def load_quantized_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_class = model_class or AutoModelForCausalLM
-    dtype = default_dtype() if dtype == "auto" else dtype
-    dtype = _dtype(dtype, "dtype")
+    dense_dtype = default_dtype() if dtype == "auto" else _dtype(dtype, "dtype")
     compute_dtype = _dtype(compute_dtype, "compute_dtype")
-    asked = {
+    asked: dict[str, Any] = {
         "bnb_4bit_quant_type": quant_type,
         "bnb_4bit_blocksize": blocksize,
         "bnb_4bit_use_double_quant": double_quant,
@@ -619,7 +618,7 @@ def load_quantized_model(
             loaded, info = model_class.from_pretrained(
                 folder,
                 config=config,
-                dtype=dtype,
+                dtype=dense_dtype,
                 quantization_config=None if found is not None else wanted,
                 device_map=device_map,
                 use_safetensors=True,
