@@ -103,13 +103,8 @@ void decode_panel(const Weight& w, int64_t k, int64_t first, int64_t rows, int64
                   DType compute, void* out, DType element, int64_t ld) {
   const Kernels& table = kernels();
   parallel_rows(rows, cols, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t at = (first + r) * k + col;
-      char* row = static_cast<char*>(out) + r * ld * size_of(element);
-      table.dequantize(w, at, at + cols, element, row, false);
-      if (element == DType::f32 && compute != DType::f32)
-        table.convert(row, DType::f32, cols, compute, row, DType::f32, cols, 1, cols, false, 1.0f);
-    }
+    table.decode_panel(w, k, col, first + begin, first + end, cols, compute,
+                       static_cast<char*>(out) + begin * ld * size_of(element), element, ld);
   });
 }
 
@@ -139,28 +134,30 @@ LinearArgs linear_args(const LinearProblem& p) {
 
 void forward_decode(const LinearProblem& p, bool bf16) {
   const Kernels& k = kernels();
-  Workspace x(p.k * 4 + p.rank * 4);
+  const bool own_s = p.rank > 0 && p.a.data != nullptr;
+  // x in pair order, scaled S, and where S is computed here x as it is, in fp32.
+  Workspace work((p.m * p.k + p.m * p.rank + (own_s ? p.m * p.k : 0)) * 4);
+  float* s = reinterpret_cast<float*>(work.at(p.m * p.k * 4));
   const DType round = p.x.dtype == p.compute ? DType::f32 : p.compute;
-  k.pair_order(p.x.data, p.x.dtype, round, p.k, x.get(), bf16);
+  k.pair_order(p.x.data, p.x.dtype, round, p.m, p.k, work.get(), bf16);
   LinearArgs a = linear_args(p);
-  a.x = x.get();
-  if (p.rank > 0) {
-    float* s = reinterpret_cast<float*>(x.at(p.k * 4));
-    if (p.a.data != nullptr) {
-      // rank dot products of length k, over the same threads as the rows below
-      Workspace plain(p.k * 4);
-      float* xs = static_cast<float*>(plain.get());
-      k.convert(p.x.data, p.x.dtype, p.k, round, xs, DType::f32, p.k, 1, p.k, false, 1.0f);
-      const DType a_round = p.a.dtype == p.compute ? DType::f32 : p.compute;
-      parallel_rows(p.rank, p.k, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r)
-          p.s_out[r] = k.dot(row_of(p.a, r, p.k), p.a.dtype, a_round, xs, p.k);
-      });
-      for (int64_t r = 0; r < p.rank; ++r) s[r] = p.scaling * p.s_out[r];
-    } else {
-      k.convert(p.s.data, p.s.dtype, p.rank, DType::f32, s, DType::f32, p.rank, 1, p.rank, false,
-                p.scaling);
-    }
+  a.x = work.get(), a.ldx = p.k;
+  if (own_s) {
+    float* plain = s + p.m * p.rank;
+    k.convert(p.x.data, p.x.dtype, p.k, round, plain, DType::f32, p.k, p.m, p.k, false, 1.0f);
+    const DType a_round = p.a.dtype == p.compute ? DType::f32 : p.compute;
+    parallel_rows(p.rank, p.k * p.m, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        for (int64_t m = 0; m < p.m; ++m) {
+          const float dot = k.dot(row_of(p.a, r, p.k), p.a.dtype, a_round, plain + m * p.k, p.k);
+          p.s_out[m * p.rank + r] = dot;
+          s[m * p.rank + r] = p.scaling * dot;
+        }
+    });
+    a.s = s;
+  } else if (p.rank > 0) {
+    k.convert(p.s.data, p.s.dtype, p.rank, DType::f32, s, DType::f32, p.rank, p.m, p.rank, false,
+              p.scaling);
     a.s = s;
   }
   const auto kernel = bf16 ? k.decode_bf16 : k.decode;

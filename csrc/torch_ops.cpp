@@ -174,9 +174,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_in, cons
   return {codes, nested, mean};
 }
 
-void dequantize_into(const Weight& w, int64_t count, DType dtype, void* out) {
+// `fresh` memory is not streamed past the cache: the kernel has just zeroed its pages there.
+void dequantize_into(const Weight& w, int64_t count, DType dtype, void* out, bool fresh) {
   const int64_t size = dtype == DType::f32 ? 4 : 2;
-  const bool stream = count * size > (int64_t{16} << 20);
+  const bool stream = !fresh && count * size > (int64_t{16} << 20);
   const int64_t unit = 4096;
   const Kernels& k = kernels();
   torch::stable::parallel_for(0, ceil_div(count, unit), 8, [&](int64_t begin, int64_t end) {
@@ -197,7 +198,7 @@ Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const Tensor&
   const Weight w = args.checked(count);
   const DType type = dtype_of(dtype, "dtype");
   Tensor out = new_tensor(shape, dtype);
-  dequantize_into(w, count, type, out.mutable_data_ptr());
+  dequantize_into(w, count, type, out.mutable_data_ptr(), true);
   return out;
 }
 
@@ -209,7 +210,7 @@ void dequantize_4bit_out(const Tensor& packed, const Tensor& absmax, const Tenso
   const WeightArgs args{packed,        absmax,      codebook,     blocksize,
                         nested_absmax, nested_code, nested_offset};
   const Weight w = args.checked(out.numel());
-  dequantize_into(w, out.numel(), dtype_of(out, "out"), out.mutable_data_ptr());
+  dequantize_into(w, out.numel(), dtype_of(out, "out"), out.mutable_data_ptr(), false);
 }
 
 Matrix matrix(const Tensor& t, const char* what) {

@@ -1,68 +1,29 @@
 // Dequantization, nested scales decoded on the way, and the conversions around the matmuls.
 //
-// 32 values at a time: 16 bytes in, one codebook lookup (simd.h), one multiplication by the block's
-// fp32 scale, one rounding. Half a byte and 1/64 of a scale are read for each value and 2 or 4
-// bytes written, so the write is what it costs; results larger than the cache are streamed past it,
-// which saves reading the lines that are about to be overwritten.
+// fp32: 32 values at a time, 16 bytes in, one codebook lookup (simd.h), one product with the block's
+// scale. 16 bits: a block's 16 possible values are scaled and rounded once into a table, and 64
+// weights are 64 lookups. Half a byte and 1/64 of a scale are read for each value and 2 or 4 bytes
+// written, so the write is what it costs; results larger than the cache are streamed past it, which
+// saves reading the lines that are about to be overwritten.
 //
 // Exact: one fp32 product, rounded once to nearest even, denormals kept.
-#include "kernels.h"
-#include "simd.h"
+#include "decode_run.h"
 
 namespace qlk {
 namespace QLK_ISA {
 
 template <typename T>
-QLK_INLINE void dequantize_tail(const Weight& w, int64_t begin, int64_t end, T* out) {
-  for (int64_t i = begin; i < end; ++i) {
-    const uint8_t byte = w.packed[i >> 1];
-    const int code = i & 1 ? later_code(byte) : earlier_code(byte);
-    round_to(w.codebook[code] * load_scale(w.scales, i >> w.block_log2), out + (i - begin));
-  }
-}
-
-template <typename T>
-QLK_INLINE void stream32(T* out, const Floats v[kVectors32]) {
-#if QLK_LEVEL >= 1
-  alignas(64) T line[32];
-  for (int j = 0; j < kVectors32; ++j) store(line + j * kLanes, v[j]);
-  for (int j = 0; j < (int)(32 * sizeof(T) / 32); ++j)
-    _mm256_stream_si256((__m256i*)out + j, _mm256_load_si256((const __m256i*)line + j));
-#else
-  for (int j = 0; j < kVectors32; ++j) store(out + j * kLanes, v[j]);
-#endif
-}
-
-template <typename T>
 static void dequantize_typed(const Weight& w, int64_t begin, int64_t end, T* out, bool stream) {
   const Codebook book = Codebook::make(w.codebook);
-  const int64_t aligned = (begin + 31) & ~int64_t{31};
-  int64_t i = aligned < end ? aligned : end;
-  dequantize_tail(w, begin, i, out);
-  out += i - begin;
-  stream = stream && ((uintptr_t)out & 31) == 0;
-  const int64_t per_scale = w.block_log2 == 4 ? 16 : 32;
-  for (; i + 32 <= end;) {
-    // All groups of 32 up to the block's end share its scale (blocks of 16: two scales a group).
-    int64_t stop = w.block_log2 <= 5 ? i + 32 : ((i >> w.block_log2) + 1) << w.block_log2;
-    stop = stop < end ? stop : end;
-    Floats scale[2];
-    scale[0] = splat(load_scale(w.scales, i >> w.block_log2));
-    scale[1] = per_scale == 16 ? splat(load_scale(w.scales, (i >> 4) + 1)) : scale[0];
-    for (; i + 32 <= stop; i += 32, out += 32) {
-      Floats v[kVectors32];
-      lookup32(book, w.packed + i / 2, v);
-      for (int j = 0; j < kVectors32; ++j) v[j] = mul(v[j], scale[j * kLanes / 16]);
-      if (stream)
-        stream32(out, v);
-      else
-        for (int j = 0; j < kVectors32; ++j) store(out + j * kLanes, v[j]);
-    }
-  }
-  dequantize_tail(w, i, end, out);
 #if QLK_LEVEL >= 1
-  if (stream) _mm_sfence();
+  if (stream && ((uintptr_t)out & 63) == 0 && (begin & 31) == 0) {
+    decode_run(w, book, begin, end, out, true);
+    _mm_sfence();
+    return;
+  }
 #endif
+  (void)stream;
+  decode_run(w, book, begin, end, out);
 }
 
 void dequantize(const Weight& w, int64_t begin, int64_t end, DType dtype, void* out, bool stream) {
@@ -73,6 +34,26 @@ void dequantize(const Weight& w, int64_t begin, int64_t end, DType dtype, void* 
       return dequantize_typed(w, begin, end, (bf16*)out, stream);
     case DType::f16:
       return dequantize_typed(w, begin, end, (fp16*)out, stream);
+  }
+}
+
+void convert(const void*, DType, int64_t, DType, void*, DType, int64_t, int64_t, int64_t, bool,
+             float);
+
+void decode_panel(const Weight& w, int64_t row_length, int64_t col, int64_t begin, int64_t end,
+                  int64_t cols, DType round, void* out, DType element, int64_t ld) {
+  const Codebook book = Codebook::make(w.codebook);
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t at = r * row_length + col, last = at + cols, to = (r - begin) * ld;
+    if (element == DType::bf16) {
+      decode_run(w, book, at, last, (bf16*)out + to);
+    } else if (round == DType::bf16) {
+      decode_run<float, Rounding::through_bf16>(w, book, at, last, (float*)out + to);
+    } else {
+      float* row = (float*)out + to;
+      decode_run(w, book, at, last, row);
+      if (round == DType::f16) convert(row, DType::f32, cols, round, row, DType::f32, cols, 1, cols, false, 1.0f);
+    }
   }
 }
 

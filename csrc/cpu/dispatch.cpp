@@ -88,9 +88,10 @@ void choose_isa(const std::string& name) {
 Route linear_route(int64_t m, int64_t n, int64_t k, int block_log2, bool bf16) {
   (void)n;
   // Decoding needs groups of 64 codes that share a scale and start on a byte.
-  if (m == 1 && k % 64 == 0 && block_log2 >= 6) return Route::decode;
+  if (m <= kMaxDecodeRows && k % 64 == 0 && block_log2 >= 6) return Route::decode;
   // Measured: beyond this torch's blocked matmul makes up for writing the panels (benchmarks/).
-  return m <= (bf16 ? 32 : 32) ? Route::tile : Route::panel;
+  (void)bf16;
+  return m <= kMaxTileRows ? Route::tile : Route::panel;
 }
 
 const char* route_name(Route route) {

@@ -17,7 +17,7 @@ void choose_isa(const std::string& name);
 
 // How a linear layer runs on m rows of x.
 enum class Route {
-  decode,  // one row, groups of 64 aligned with rows and within blocks
+  decode,  // 1 ... 4 rows, groups of 64 aligned with rows and within blocks
   tile,    // few rows: own tile kernel
   panel,   // many rows: panels decoded into cache, torch's matmul
 };
@@ -25,6 +25,7 @@ enum class Route {
 Route linear_route(int64_t m, int64_t n, int64_t k, int block_log2, bool bf16);
 const char* route_name(Route route);
 
+constexpr int64_t kMaxDecodeRows = 4;
 constexpr int64_t kMaxTileRows = 64;  // what the tile kernel has accumulators for
 
 }  // namespace qlk

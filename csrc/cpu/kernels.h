@@ -18,16 +18,17 @@ struct Weight {
   int block_log2;
 };
 
-// A linear layer on few rows. `x` holds m rows of floats (or bf16) in the kernel's own order, see
-// LinearKernel; the LoRA part is S B^T with S already scaled, B in its own dtype.
+// A linear layer on few rows. `x` holds m rows of floats (or bf16): in pair order for the decode
+// kernels, plain and padded with zeros to a multiple of 64 for the tile kernels. The LoRA part is
+// S B^T with S already scaled, B in its own dtype.
 struct LinearArgs {
   Weight w;
   int64_t n, k;       // weight [n, k]
   int64_t m;          // rows of x
   const void* x;      // [m, ldx]
   int64_t ldx;
-  const float* s;     // [m, lds] scaled S, or null; lds is a multiple of 64, zero beyond rank
-  int64_t lds;
+  const float* s;     // decode: [m, rank] scaled S, or null; tile: not null when x's rows end in
+  int64_t lds;        // lds more elements, S padded with zeros
   const void* b;      // [n, rank]
   DType b_dtype;
   DType b_round;      // what B is rounded to before it is used
@@ -54,6 +55,10 @@ struct Kernels {
   // that bypass the cache, for results larger than it.
   void (*dequantize)(const Weight& w, int64_t begin, int64_t end, DType dtype, void* out,
                      bool stream);
+  // Rows [begin, end), columns [col, col + cols) of a weight with rows of row_length values, to
+  // elements (fp32 or bf16) at out + (row - begin) * ld; fp32 elements are rounded to `round` first.
+  void (*decode_panel)(const Weight& w, int64_t row_length, int64_t col, int64_t begin, int64_t end,
+                       int64_t cols, DType round, void* out, DType element, int64_t ld);
   // [rows, cols] from one dtype to another, rounded to `round` on the way; padded with zeros to
   // ld_out columns when pad is set.
   void (*convert)(const void* in, DType in_dtype, int64_t ld_in, DType round, void* out,
@@ -67,8 +72,9 @@ struct Kernels {
   // a . x over `count` values, a rounded to `round` first; fp32 sums.
   float (*dot)(const void* a, DType dtype, DType round, const float* x, int64_t count);
 
-  // x for the decode kernels: groups of 64 in the order that their lookups produce.
-  void (*pair_order)(const void* x, DType dtype, DType round, int64_t k, void* out, bool as_bf16);
+  // x for the decode kernels: [rows, k] with groups of 64 in the order that their lookups produce.
+  void (*pair_order)(const void* x, DType dtype, DType round, int64_t rows, int64_t k, void* out,
+                     bool as_bf16);
   // Output rows [begin, end) of the weight.
   void (*decode)(const LinearArgs& a, int64_t begin, int64_t end);
   void (*decode_bf16)(const LinearArgs& a, int64_t begin, int64_t end);

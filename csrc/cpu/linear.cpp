@@ -1,6 +1,6 @@
 // y = x W^T + bias + S B^T for few rows of x, straight from the packed weight.
 //
-// decode  (one row): a row of W is streamed once from memory, 64 codes at a time, looked up and
+// decode  (1 ... 4 rows): a row of W is streamed once from memory, 64 codes at a time, looked up and
 //         multiplied with x, which was put in the order that the lookup produces, so that nothing
 //         is ever interleaved. Codes are summed unscaled, a block's sum is scaled by its absmax:
 //         one multiplication for 64 weights. Bound by DRAM (4.127 bits a weight) with AVX-512, by
@@ -9,25 +9,23 @@
 //             bytes b0 b1 ... b31  ->  earlier codes [w0 w2 w4 ...]   later codes [w1 w3 w5 ...]
 //             x in pair order      ->          [x0 x2 x4 ...]                [x1 x3 x5 ...]
 //
-//         Variant (c) of the numerics. fp32: exact codes. bf16: codes rounded to bf16 (a relative
-//         error of at most 2^-9 each). Against float64, with u = 2^-24:
+//         Variant (c) of the numerics. fp32: exact codes. bf16, one row: codes rounded to bf16 (a
+//         relative error of at most 2^-9 each); more rows: variant (a), a block's 16 values scaled
+//         and rounded. Against float64, with u = 2^-24:
 //         |error| <= (K/lanes + 12) u sum|x w| (+ 2^-9 sum|x w| for bf16).
 //
-// tile    (2 ... 64 rows): 16 rows of W at a time are decoded in strips of 256 columns into L1,
+// tile    (5 ... 64 rows, and fewer where groups of 64 do not fit the rows): 16 rows of W at a time are decoded in strips of 256 columns into L1,
 //         scaled and in order, and multiplied with all rows of x by a register tile of 4 x 3 (AVX2)
 //         or 4 x 6 (AVX-512) dot products. A weight is decoded once whatever the number of rows.
 //         Variant (b): fp32 code x fp32 scale; bf16 rounds that product once, variant (a).
 //         |error| <= (K/lanes + 12) u sum|x w|, plus that rounding.
 //
 // LoRA and bias go into the same accumulators: S B^T is one more strip of columns.
-#include "kernels.h"
-#include "simd.h"
+#include "decode_run.h"
 
 namespace qlk {
 namespace QLK_ISA {
 
-// Shared with dequantize.cpp; declared, so that each file stays a unit.
-void dequantize(const Weight& w, int64_t begin, int64_t end, DType dtype, void* out, bool stream);
 void convert(const void* in, DType in_dtype, int64_t ld_in, DType round, void* out, DType out_dtype,
              int64_t ld_out, int64_t rows, int64_t cols, bool pad, float scale);
 
@@ -52,12 +50,12 @@ QLK_INLINE void store1(void* p, DType dtype, int64_t i, float v) {
 
 // --- decode: one row ----------------------------------------------------------------------------
 
-void pair_order(const void* x, DType dtype, DType round, int64_t k, void* out, bool as_bf16) {
-  constexpr int64_t kChunk = 64;
-  float values[kChunk];
+void pair_order(const void* x, DType dtype, DType round, int64_t rows, int64_t k, void* out,
+                bool as_bf16) {
   (void)as_bf16;
-  for (int64_t c = 0; c < k; c += kChunk) {
-    convert((const char*)x + c * size_of(dtype), dtype, 0, round, values, DType::f32, 0, 1, kChunk,
+  for (int64_t c = 0; c < rows * k; c += 64) {  // k is a multiple of 64: groups stay within rows
+    float values[64];
+    convert((const char*)x + c * size_of(dtype), dtype, 0, round, values, DType::f32, 0, 1, 64,
             false, 1.0f);
 #if QLK_LEVEL == 3
     if (as_bf16) {
@@ -80,35 +78,51 @@ QLK_INLINE void group_scales(const Weight& w, int64_t first, int64_t count, floa
   }
 }
 
+// Adds a group's 64 products to M running sums, one for each row of x.
 struct PairsF32 {
   typedef float Element;
   Codebook book;
   static PairsF32 make(const float* b) { return {Codebook::make(b)}; }
-  inline __attribute__((always_inline)) Floats dot64(const uint8_t* bytes, const float* x) const {
+  template <int M>
+  inline __attribute__((always_inline)) void add64(const uint8_t* bytes, float scale, const float* x, int64_t ldx,
+                               Floats total[M]) const {
     Floats v[kPairVectors];
     lookup64(book, bytes, v);
-    Floats first = mul(v[0], load(x)), second = mul(v[1], load(x + kLanes));
-    for (int j = 2; j < kPairVectors; j += 2) {
-      first = fma(v[j], load(x + j * kLanes), first);
-      second = fma(v[j + 1], load(x + (j + 1) * kLanes), second);
+    const Floats factor = splat(scale);
+    for (int m = 0; m < M; ++m, x += ldx) {
+      Floats first = mul(v[0], load(x)), second = mul(v[1], load(x + kLanes));
+      for (int j = 2; j < kPairVectors; j += 2) {
+        first = fma(v[j], load(x + j * kLanes), first);
+        second = fma(v[j + 1], load(x + (j + 1) * kLanes), second);
+      }
+      total[m] = fma(factor, add(first, second), total[m]);
     }
-    return add(first, second);
   }
 };
 #if QLK_LEVEL == 3
 struct PairsBf16 {
   typedef bf16 Element;
-  Codebook16 book;
-  static PairsBf16 make(const float* b) { return {Codebook16::make(b)}; }
-  inline __attribute__((always_inline)) Floats dot64(const uint8_t* bytes, const bf16* x) const {
+  Codebook book;
+  Codebook16 codes;
+  static PairsBf16 make(const float* b) { return {Codebook::make(b), Codebook16::make(b)}; }
+  template <int M>
+  inline __attribute__((always_inline)) void add64(const uint8_t* bytes, float scale, const bf16* x, int64_t ldx,
+                               Floats total[M]) const {
     Bf16s v[2];
-    lookup64(book, bytes, v);
-    return dot_pairs(v[1], load_pairs(x + 32), dot_pairs(v[0], load_pairs(x), zero()));
+    if (M == 1) {  // unscaled codes: one product for the block
+      lookup64(codes, bytes, v);
+      const Floats dot = dot_pairs(v[1], load_pairs(x + 32), dot_pairs(v[0], load_pairs(x), zero()));
+      total[0] = fma(splat(scale), dot, total[0]);
+      return;
+    }
+    lookup64(scaled_pairs(book, scale), bytes, v);  // exact weights: 16 products for the block
+    for (int m = 0; m < M; ++m, x += ldx)
+      total[m] = dot_pairs(v[1], load_pairs(x + 32), dot_pairs(v[0], load_pairs(x), total[m]));
   }
 };
 #endif
 
-template <typename Pairs>
+template <typename Pairs, int M>
 static void decode_rows(const LinearArgs& a, int64_t begin, int64_t end) {
   const Pairs pairs = Pairs::make(a.w.codebook);
   const typename Pairs::Element* x = (const typename Pairs::Element*)a.x;
@@ -116,37 +130,55 @@ static void decode_rows(const LinearArgs& a, int64_t begin, int64_t end) {
   constexpr int64_t kGroups = 256;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t first = row * groups;
-    Floats total = zero();
+    Floats total[M];
+    for (int m = 0; m < M; ++m) total[m] = zero();
     for (int64_t g0 = 0; g0 < groups; g0 += kGroups) {
       float scales[kGroups];
       const int64_t count = groups - g0 < kGroups ? groups - g0 : kGroups;
       group_scales(a.w, first + g0, count, scales);
       const uint8_t* bytes = a.w.packed + (first + g0) * 32;
-      const typename Pairs::Element* xg = x + g0 * 64;
       for (int64_t g = 0; g < count; ++g)
-        total = fma(splat(scales[g]), pairs.dot64(bytes + g * 32, xg + g * 64), total);
+        pairs.template add64<M>(bytes + g * 32, scales[g], x + (g0 + g) * 64, a.ldx, total);
     }
-    float y = sum(total);
+    float lora[M] = {0};
     if (a.s != nullptr) {
-      float b[1024];
-      for (int64_t r = 0; r < a.rank; r += 1024) {
-        const int64_t width = a.rank - r < 1024 ? a.rank - r : 1024;
+      constexpr int64_t kWidth = 512;
+      float b[kWidth];
+      for (int64_t r = 0; r < a.rank; r += kWidth) {
+        const int64_t width = a.rank - r < kWidth ? a.rank - r : kWidth;
         convert((const char*)a.b + (row * a.rank + r) * size_of(a.b_dtype), a.b_dtype, 0, a.b_round,
                 b, DType::f32, 0, 1, width, false, 1.0f);
-        Floats lora = zero();
-        int64_t i = 0;
-        for (; i + kLanes <= width; i += kLanes) lora = fma(load(b + i), load(a.s + r + i), lora);
-        float tail = sum(lora);
-        for (; i < width; ++i) tail += b[i] * a.s[r + i];
-        y += tail;
+        for (int m = 0; m < M; ++m) {
+          const float* s = a.s + m * a.rank + r;
+          Floats dot = zero();
+          int64_t i = 0;
+          for (; i + kLanes <= width; i += kLanes) dot = fma(load(b + i), load(s + i), dot);
+          lora[m] += sum(dot);
+          for (; i < width; ++i) lora[m] += b[i] * s[i];
+        }
       }
     }
-    if (a.bias != nullptr) y += load1(a.bias, a.bias_dtype, a.bias_round, row);
-    store1(a.y, a.y_dtype, row, y);
+    const float bias = a.bias != nullptr ? load1(a.bias, a.bias_dtype, a.bias_round, row) : 0.0f;
+    for (int m = 0; m < M; ++m)
+      store1(a.y, a.y_dtype, m * a.n + row, sum(total[m]) + lora[m] + bias);
   }
 }
 
-void decode(const LinearArgs& a, int64_t begin, int64_t end) { decode_rows<PairsF32>(a, begin, end); }
+template <typename Pairs>
+static void decode_any(const LinearArgs& a, int64_t begin, int64_t end) {
+  switch (a.m) {
+    case 1:
+      return decode_rows<Pairs, 1>(a, begin, end);
+    case 2:
+      return decode_rows<Pairs, 2>(a, begin, end);
+    case 3:
+      return decode_rows<Pairs, 3>(a, begin, end);
+    case 4:
+      return decode_rows<Pairs, 4>(a, begin, end);
+  }
+}
+
+void decode(const LinearArgs& a, int64_t begin, int64_t end) { decode_any<PairsF32>(a, begin, end); }
 
 // --- tile: a few rows ---------------------------------------------------------------------------
 
@@ -224,6 +256,7 @@ static void tile_rows(const LinearArgs& a, int64_t begin, int64_t end) {
   alignas(64) static thread_local Floats acc[kMaxRows * kRows];
   alignas(64) static thread_local Element strip[kRows * kStrip];
   const Element* x = (const Element*)a.x;
+  const Codebook book = Codebook::make(a.w.codebook);
   for (int64_t row = begin; row < end; row += kRows) {
     const int64_t rows = end - row < kRows ? end - row : kRows;
     for (int64_t i = 0; i < a.m * kRows; ++i) acc[i] = zero();
@@ -234,7 +267,7 @@ static void tile_rows(const LinearArgs& a, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = (row + r) * a.k + c;
         Element* out = strip + r * kStrip;
-        dequantize(a.w, at, at + width, Dot::kDType, out, false);
+        decode_run(a.w, book, at, at + width, out);
         for (int64_t i = width; i < padded; ++i) out[i] = Element{};
       }
       dot_strip<Dot>(strip, x + c, a.ldx, a.m, padded, acc);
@@ -263,7 +296,7 @@ void tile(const LinearArgs& a, int64_t begin, int64_t end) { tile_rows<DotF32>(a
 
 #if QLK_LEVEL == 3
 void decode_bf16(const LinearArgs& a, int64_t begin, int64_t end) {
-  decode_rows<PairsBf16>(a, begin, end);
+  decode_any<PairsBf16>(a, begin, end);
 }
 void tile_bf16(const LinearArgs& a, int64_t begin, int64_t end) {
   tile_rows<DotBf16>(a, begin, end);

@@ -167,6 +167,42 @@ QLK_INLINE void lookup64(const Codebook& c, const uint8_t* bytes, Floats out[4])
 }
 QLK_INLINE int pair_position(int j) { return (j >> 5) * 32 + 2 * (j & 15) + ((j >> 4) & 1); }
 
+// A block's 16 values in 16 bits, scaled and rounded once: 64 weights cost 16 products, not 64.
+// Twice over, since the index of a word permute is five bits, of which four are the code.
+struct Table16 {
+  __m512i words;
+};
+template <typename T>
+QLK_INLINE Table16 scaled_table(const Codebook& c, float scale) {
+  alignas(32) T rounded[16];
+  store(rounded, mul(c.values, splat(scale)));
+  return {_mm512_broadcast_i64x4(_mm256_load_si256((const __m256i*)rounded))};
+}
+QLK_INLINE __m512i table_words(const Table16& t, const uint8_t* bytes) {
+  const __m128i b = _mm_loadu_si128((const __m128i*)bytes), low = _mm_set1_epi8(15);
+  const __m128i early = _mm_and_si128(_mm_srli_epi16(b, 4), low), late = _mm_and_si128(b, low);
+  const __m256i codes =
+      _mm256_set_m128i(_mm_unpackhi_epi8(early, late), _mm_unpacklo_epi8(early, late));
+  return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), t.words);
+}
+// 32 values in order from 16 bytes.
+QLK_INLINE void lookup32(const Table16& t, const uint8_t* bytes, void* out) {
+  _mm512_storeu_si512(out, table_words(t, bytes));
+}
+QLK_INLINE void stream32(const Table16& t, const uint8_t* bytes, void* out) {
+  const __m512i v = table_words(t, bytes);
+  _mm256_stream_si256((__m256i*)out, _mm512_castsi512_si256(v));
+  _mm256_stream_si256((__m256i*)out + 1, _mm512_extracti64x4_epi64(v, 1));
+}
+// The same, of a bf16 table, widened to fp32.
+QLK_INLINE void widen32(const Table16& t, const uint8_t* bytes, float* out) {
+  const __m512i v = table_words(t, bytes);
+  const __m512i a = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(v));
+  const __m512i b = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(v, 1));
+  _mm512_storeu_si512(out, _mm512_slli_epi32(a, 16));
+  _mm512_storeu_si512(out + 16, _mm512_slli_epi32(b, 16));
+}
+
 // Rank by binary search: level l compares with one of 2^l thresholds, picked by the bits so far.
 struct Ranker {
   __m512 level[4];
@@ -261,8 +297,11 @@ QLK_INLINE float max_lane(Bits m) {
 // once, where permutes of floats would take 8 codes at a time from each half of the table.
 struct Codebook {
   __m256i plane[4];
+  __m256 values[2];
   static Codebook make(const float* book) {
     Codebook c;
+    c.values[0] = _mm256_loadu_ps(book);
+    c.values[1] = _mm256_loadu_ps(book + 8);
     for (int p = 0; p < 4; ++p) {
       uint8_t bytes[16];
       for (int i = 0; i < 16; ++i) bytes[i] = (uint8_t)(as_bits(book[i]) >> (8 * p));
@@ -303,6 +342,59 @@ QLK_INLINE void lookup64(const Codebook& c, const uint8_t* bytes, Floats out[8])
 QLK_INLINE int pair_position(int j) {
   const int vector = (j >> 3) & 3, lane = j & 7;
   return 2 * (4 * vector + (lane & 3) + 16 * (lane >> 2)) + (j >> 5);
+}
+
+// A block's 16 values in 16 bits, scaled and rounded once: 64 weights cost 16 products, not 64.
+// As two byte tables, one for the low and one for the high bytes.
+struct Table16 {
+  __m256i low, high;
+};
+template <typename T>
+QLK_INLINE Table16 scaled_table(const Codebook& c, float scale) {
+  alignas(32) T rounded[16];
+  store(rounded, mul(c.values[0], splat(scale)));
+  store(rounded + 8, mul(c.values[1], splat(scale)));
+  const __m256i words = _mm256_load_si256((const __m256i*)rounded);
+  const __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(words, _mm256_set1_epi16(255)),
+                                            _mm256_srli_epi16(words, 8));
+  // quarters: low 0-7, high 0-7, low 8-15, high 8-15
+  return {_mm256_permute4x64_epi64(bytes, 0x88), _mm256_permute4x64_epi64(bytes, 0xdd)};
+}
+// 32 values in order from 16 bytes.
+QLK_INLINE void table_words(const Table16& t, const uint8_t* bytes, __m256i out[2]) {
+  const __m128i b = _mm_loadu_si128((const __m128i*)bytes), low = _mm_set1_epi8(15);
+  const __m128i early = _mm_and_si128(_mm_srli_epi16(b, 4), low), late = _mm_and_si128(b, low);
+  const __m128i a = _mm_unpacklo_epi8(early, late), z = _mm_unpackhi_epi8(early, late);
+  const __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi64(a, z), _mm_unpacklo_epi64(a, z));
+  const __m256i l = _mm256_shuffle_epi8(t.low, codes), h = _mm256_shuffle_epi8(t.high, codes);
+  out[0] = _mm256_unpacklo_epi8(l, h);
+  out[1] = _mm256_unpackhi_epi8(l, h);
+}
+QLK_INLINE void lookup32(const Table16& t, const uint8_t* bytes, void* out) {
+  __m256i v[2];
+  table_words(t, bytes, v);
+  _mm256_storeu_si256((__m256i*)out, v[0]);
+  _mm256_storeu_si256((__m256i*)out + 1, v[1]);
+}
+QLK_INLINE void stream32(const Table16& t, const uint8_t* bytes, void* out) {
+  __m256i v[2];
+  table_words(t, bytes, v);
+  _mm256_stream_si256((__m256i*)out, v[0]);
+  _mm256_stream_si256((__m256i*)out + 1, v[1]);
+}
+// The same, of a bf16 table, widened to fp32.
+QLK_INLINE void widen32(const Table16& t, const uint8_t* bytes, float* out) {
+  const __m128i b = _mm_loadu_si128((const __m128i*)bytes), low = _mm_set1_epi8(15);
+  const __m128i early = _mm_and_si128(_mm_srli_epi16(b, 4), low), late = _mm_and_si128(b, low);
+  __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(early, late), _mm_unpacklo_epi8(early, late));
+  codes = _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+  const __m256i l = _mm256_shuffle_epi8(t.low, codes), h = _mm256_shuffle_epi8(t.high, codes);
+  const __m256i a = _mm256_unpacklo_epi8(l, h), c = _mm256_unpackhi_epi8(l, h);
+  const __m256i none = _mm256_setzero_si256();
+  _mm256_storeu_si256((__m256i*)out, _mm256_unpacklo_epi16(none, a));
+  _mm256_storeu_si256((__m256i*)out + 1, _mm256_unpackhi_epi16(none, a));
+  _mm256_storeu_si256((__m256i*)out + 2, _mm256_unpacklo_epi16(none, c));
+  _mm256_storeu_si256((__m256i*)out + 3, _mm256_unpackhi_epi16(none, c));
 }
 
 // Rank by binary search: level l compares with one of 2^l thresholds, picked by the bits so far.
@@ -408,6 +500,40 @@ QLK_INLINE void lookup64(const Codebook& c, const uint8_t* bytes, Floats out[8])
 }
 QLK_INLINE int pair_position(int j) { return j; }
 
+// A block's 16 values in 16 bits, scaled and rounded once: 64 weights cost 16 products, not 64.
+struct Table16 {
+  uint16_t words[16];
+};
+template <typename T>
+QLK_INLINE Table16 scaled_table(const Codebook& c, float scale) {
+  Table16 t;
+  for (int i = 0; i < 16; ++i) {
+    T rounded;
+    round_to(c.values[i] * scale, &rounded);
+    t.words[i] = rounded.bits;
+  }
+  return t;
+}
+// 32 values in order from 16 bytes.
+QLK_INLINE void lookup32(const Table16& t, const uint8_t* bytes, void* out) {
+  uint16_t words[32];
+  for (int i = 0; i < 16; ++i) {
+    words[2 * i] = t.words[earlier_code(bytes[i])];
+    words[2 * i + 1] = t.words[later_code(bytes[i])];
+  }
+  memcpy(out, words, sizeof words);
+}
+QLK_INLINE void stream32(const Table16& t, const uint8_t* bytes, void* out) {
+  lookup32(t, bytes, out);
+}
+// The same, of a bf16 table, widened to fp32.
+QLK_INLINE void widen32(const Table16& t, const uint8_t* bytes, float* out) {
+  for (int i = 0; i < 16; ++i) {
+    out[2 * i] = as_float((uint32_t)t.words[earlier_code(bytes[i])] << 16);
+    out[2 * i + 1] = as_float((uint32_t)t.words[later_code(bytes[i])] << 16);
+  }
+}
+
 struct Ranker {
   float thresholds[15];
   static Ranker make(const float* t) {
@@ -464,6 +590,11 @@ struct Codebook16 {
     return {_mm512_loadu_si512(twice)};
   }
 };
+// The block's values scaled and rounded to bf16 instead: exact weights, 16 products for 64 of them.
+QLK_INLINE Codebook16 scaled_pairs(const Codebook& c, float scale) {
+  const __m256i words = (__m256i)_mm512_cvtneps_pbh(mul(c.values, splat(scale)));
+  return {_mm512_broadcast_i64x4(words)};
+}
 // 64 values from 32 bytes: the 32 earlier ones, then the 32 later ones.
 QLK_INLINE void lookup64(const Codebook16& c, const uint8_t* bytes, Bf16s out[2]) {
   const __m512i b = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)bytes));

@@ -9,12 +9,14 @@ void quantize(const void*, DType, int64_t, const float*, const uint8_t*, int, in
               uint8_t*, float*);
 void quantize_absmax(const float*, int64_t, float, const float*, int64_t, int64_t, uint8_t*, float*);
 void dequantize(const Weight&, int64_t, int64_t, DType, void*, bool);
+void decode_panel(const Weight&, int64_t, int64_t, int64_t, int64_t, int64_t, DType, void*, DType,
+                  int64_t);
 void convert(const void*, DType, int64_t, DType, void*, DType, int64_t, int64_t, int64_t, bool,
              float);
 void finish(const void*, DType, int64_t, const void*, DType, DType, void*, DType, int64_t, int64_t,
             int64_t);
 float dot(const void*, DType, DType, const float*, int64_t);
-void pair_order(const void*, DType, DType, int64_t, void*, bool);
+void pair_order(const void*, DType, DType, int64_t, int64_t, void*, bool);
 void decode(const LinearArgs&, int64_t, int64_t);
 void tile(const LinearArgs&, int64_t, int64_t);
 #if QLK_LEVEL == 3
@@ -32,6 +34,7 @@ const Kernels kernels = {
     quantize,
     quantize_absmax,
     dequantize,
+    decode_panel,
     convert,
     finish,
     dot,
