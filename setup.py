@@ -30,11 +30,12 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
-from setuptools.errors import PlatformError
+from setuptools.errors import OptionError, PlatformError
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)  # the first stable ABI with all that csrc/torch_ops.cpp calls
@@ -168,6 +169,13 @@ def find_pybind11() -> str:
 # --- the build ----------------------------------------------------------------------------------
 
 
+def build_folder(kind: str) -> Path:
+    """One for each Python, since the pybind11 module is compiled for one."""
+    folder = ROOT / "build" / f"{kind}-{sysconfig.get_config_var('SOABI')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Waits for another build in the same folder to end."""
@@ -188,6 +196,71 @@ def forget_configuration(folder: Path) -> None:
         shutil.rmtree(found, ignore_errors=True)
 
 
+def start_over(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def read_record(record: Path) -> dict[str, object]:
+    try:
+        found = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def compile_targets(folder: Path, targets: list[str], *options: str) -> None:
+    """Configures ``folder`` as far as needed and builds these CMake targets in it."""
+    torch, torch_version = find_torch()
+    cmake, cmake_version = find_cmake()
+    ninja, pybind11 = find_tool("ninja"), find_pybind11()
+    compiler, compiler_version = find_compiler()
+
+    # A changed compiler or a moved checkout makes all objects useless; a changed tool does not.
+    identity = {"source": str(ROOT), "compiler": [compiler, compiler_version]}
+    tools = {
+        "cmake": [cmake, cmake_version],
+        "ninja": ninja,
+        "pybind11": pybind11,
+        "python": sys.executable,
+        "torch": [str(torch), torch_version],
+    }
+    record = folder / "made_with.json"
+    before = read_record(record)
+    if before.get("identity") != identity:
+        start_over(folder)
+    elif before.get("tools") != tools:
+        forget_configuration(folder)
+
+    def configure() -> subprocess.CompletedProcess[str]:
+        command = [
+            cmake,
+            *("-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11}",
+            f"-DQLK_TORCH_DIR={torch}",
+            f"-DQLK_WERROR={'ON' if os.environ.get('QLORA_KERNELS_WERROR') == '1' else 'OFF'}",
+            *options,
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    had_cache = (folder / "CMakeCache.txt").is_file()
+    result = configure()
+    if result.returncode != 0 and had_cache:  # a cache that CMake cannot digest
+        start_over(folder)
+        result = configure()
+    if result.returncode != 0:
+        raise PlatformError(f"CMake could not configure the build:\n{result.stdout}")
+    record.write_text(json.dumps({"identity": identity, "tools": tools}, indent=1))
+
+    jobs = os.environ.get("MAX_JOBS")
+    build = [cmake, "--build", str(folder), *(["-j", jobs] if jobs else []), "--target", *targets]
+    if subprocess.call(build) != 0:
+        raise PlatformError("the native libraries could not be compiled; the compiler's words are above")
+
+
 def replace_if_changed(built: Path, target: Path) -> None:
     """Copies, in one step for whoever looks; an equal file stays as it is."""
     if target.is_file() and target.read_bytes() == built.read_bytes():
@@ -204,7 +277,7 @@ class BuildNative(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         for ext in self.extensions:
-            if fullname in (ext.name, ext.name.rpartition(".")[2]):
+            if fullname in (ext.name, ext.target):
                 package = ext.name.split(".")[:-1] if fullname == ext.name else []
                 return os.path.join(*package, ext.filename)
         return str(super().get_ext_filename(fullname))
@@ -212,66 +285,37 @@ class BuildNative(build_ext):
     def run(self) -> None:
         if os.environ.get("QLORA_KERNELS_CUDA", "0") not in ("", "0"):
             raise PlatformError("QLORA_KERNELS_CUDA=1: this version has no CUDA kernels to build")
-        folder = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = build_folder("native")
         with one_at_a_time(folder):
-            self.cmake(folder)
+            compile_targets(folder, [ext.target for ext in self.extensions])
             for ext in self.extensions:
-                built = folder / ext.filename
-                replace_if_changed(built, Path(self.get_ext_fullpath(ext.name)))
+                replace_if_changed(
+                    folder / ext.filename, Path(self.get_ext_fullpath(ext.name))
+                )
 
-    def cmake(self, folder: Path) -> None:
-        torch, torch_version = find_torch()
-        cmake, cmake_version = find_cmake()
-        ninja, pybind11 = find_tool("ninja"), find_pybind11()
-        compiler, compiler_version = find_compiler()
 
-        # A changed compiler or a moved checkout makes all objects useless; a changed tool does not.
-        identity = {"source": str(ROOT), "compiler": [compiler, compiler_version]}
-        tools = {
-            "cmake": [cmake, cmake_version],
-            "ninja": ninja,
-            "pybind11": pybind11,
-            "python": sys.executable,
-            "torch": [str(torch), torch_version],
-        }
-        record = folder / "made_with.json"
-        try:
-            before = json.loads(record.read_text())
-        except (OSError, ValueError):
-            before = {}
-        if before.get("identity") != identity:
-            shutil.rmtree(folder)
-            folder.mkdir()
-        elif before.get("tools") != tools:
-            forget_configuration(folder)
+class BuildVariant(Command):
+    """Builds the torch library in a way that only tests want; prints nothing but the compiler's words."""
 
-        configure = [
-            cmake,
-            *("-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
-            f"-DCMAKE_MAKE_PROGRAM={ninja}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11}",
-            f"-DQLK_TORCH_DIR={torch}",
-            f"-DQLK_WERROR={'ON' if os.environ.get('QLORA_KERNELS_WERROR') == '1' else 'OFF'}",
-            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
-        ]
-        had_cache = (folder / "CMakeCache.txt").is_file()
-        if subprocess.call(configure) != 0:
-            if not had_cache:
-                raise PlatformError("CMake could not configure the build; its output is above")
-            # A cache that CMake cannot digest: start over, once.
-            shutil.rmtree(folder)
-            folder.mkdir()
-            if subprocess.call(configure) != 0:
-                raise PlatformError("CMake could not configure the build; its output is above")
-        record.write_text(json.dumps({"identity": identity, "tools": tools}, indent=1))
+    description = "build build/<kind>/_ops*.so for the tests; load it through QLORA_KERNELS_OPS"
+    user_options: ClassVar = [("kind=", None, "sanitize or emulated")]
 
-        targets = [ext.target for ext in self.extensions]
-        jobs = os.environ.get("MAX_JOBS")
-        build = [cmake, "--build", str(folder), *(["-j", jobs] if jobs else []), "--target"]
-        if subprocess.call(build + targets) != 0:
-            raise PlatformError("the native libraries could not be compiled; the output is above")
+    def initialize_options(self) -> None:
+        self.kind = ""
+
+    def finalize_options(self) -> None:
+        if self.kind not in ("sanitize", "emulated"):
+            raise OptionError(f"--kind is {self.kind!r}; it may be sanitize or emulated")
+
+    def run(self) -> None:
+        folder = build_folder(self.kind)
+        with one_at_a_time(folder):
+            if self.kind == "sanitize":
+                compile_targets(folder, ["_ops"], "-DQLK_SANITIZE=ON")
+                return
+            simde = Path(sysconfig.get_path("purelib")) / "cmeel.prefix" / "include"
+            options = [f"-DQLK_SIMDE_INCLUDE={simde}"] if simde.is_dir() else []
+            compile_targets(folder, ["_ops_emulated"], "-DQLK_EMULATE_AVX512=ON", *options)
 
 
 class BuildPython(build_py):
@@ -285,5 +329,5 @@ class BuildPython(build_py):
 
 setup(
     ext_modules=[library for library, source in LIBRARIES if (ROOT / source).exists()],
-    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "build_variant": BuildVariant},
 )
