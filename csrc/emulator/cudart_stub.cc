@@ -105,7 +105,11 @@ Error launch(const char* how, const void* function, Dim3 grid, Dim3 block, void*
 
 // --- For runtime.py -----------------------------------------------------------------------------
 
-API void cudart_stub_set_handler(Handler handler) { state().handler = handler; }
+// A new handler is a new process's runtime: no error is left over from the last one.
+API void cudart_stub_set_handler(Handler handler) {
+  state().handler = handler;
+  last_error = kSuccess;
+}
 
 // The mangled name that was registered for a host stub, its module's fatbin; null for a stranger.
 API const char* cudart_stub_function(const void* host, const void** fatbin) {
