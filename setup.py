@@ -258,7 +258,9 @@ def compile_targets(folder: Path, targets: list[str], *options: str) -> None:
     jobs = os.environ.get("MAX_JOBS")
     build = [cmake, "--build", str(folder), *(["-j", jobs] if jobs else []), "--target", *targets]
     if subprocess.call(build) != 0:
-        raise PlatformError("the native libraries could not be compiled; the compiler's words are above")
+        raise PlatformError(
+            "the native libraries could not be compiled; the compiler's words are above"
+        )
 
 
 def replace_if_changed(built: Path, target: Path) -> None:
@@ -289,9 +291,7 @@ class BuildNative(build_ext):
         with one_at_a_time(folder):
             compile_targets(folder, [ext.target for ext in self.extensions])
             for ext in self.extensions:
-                replace_if_changed(
-                    folder / ext.filename, Path(self.get_ext_fullpath(ext.name))
-                )
+                replace_if_changed(folder / ext.filename, Path(self.get_ext_fullpath(ext.name)))
 
 
 class BuildVariant(Command):
