@@ -6,7 +6,7 @@ What it takes care of, beyond calling CMake:
   another one than runs later). Only its headers are needed, and they are found where the package
   will live, without importing anything.
 - the build folder is reused. Isolated builds bring CMake, ninja and pybind11 in a temporary folder
-  whose path is gone the next time: when a tool moved, CMake's cache is dropped and the objects stay.
+  whose path is gone the next time: when a tool moves, CMake's cache is dropped, the objects stay.
 - one build at a time in one checkout, and libraries are replaced whole, so that a process that has
   an old one loaded keeps it.
 
@@ -52,10 +52,13 @@ class Native(Extension):
 
 
 LIBRARIES = [
-    (Native("_ops", ".abi3.so"), "csrc/torch_ops.cpp"),
-    (Native("_host", sysconfig.get_config_var("EXT_SUFFIX")), "csrc/host_module.cpp"),
-    (Native("_emulator", ".so"), "csrc/emulator"),
+    Native("_ops", ".abi3.so"),  # torch's stable ABI, and nothing of Python's
+    Native("_host", sysconfig.get_config_var("EXT_SUFFIX")),  # pybind11: for one Python
 ]
+if list((ROOT / "csrc" / "emulator").glob("*.cpp")):
+    LIBRARIES.append(Native("_emulator", ".so"))
+if sys.platform == "linux":
+    LIBRARIES.append(Native("_cudart_stub", ".so"))
 
 
 # --- what the build needs, found and checked ----------------------------------------------------
@@ -66,7 +69,7 @@ def version_tuple(text: str) -> tuple[int, ...]:
 
 
 def torch_folders() -> Iterator[Path]:
-    """Where torch may be: what Python sees, then what it would see if the build were not isolated."""
+    """Where torch may be: what Python sees, then what it would see without build isolation."""
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin is not None:
         yield Path(spec.origin).parent
@@ -258,9 +261,7 @@ def compile_targets(folder: Path, targets: list[str], *options: str) -> None:
     jobs = os.environ.get("MAX_JOBS")
     build = [cmake, "--build", str(folder), *(["-j", jobs] if jobs else []), "--target", *targets]
     if subprocess.call(build) != 0:
-        raise PlatformError(
-            "the native libraries could not be compiled; the compiler's words are above"
-        )
+        raise PlatformError("the native libraries could not be compiled; see above")
 
 
 def replace_if_changed(built: Path, target: Path) -> None:
@@ -295,7 +296,7 @@ class BuildNative(build_ext):
 
 
 class BuildVariant(Command):
-    """Builds the torch library in a way that only tests want; prints nothing but the compiler's words."""
+    """Builds the torch library in a way that only tests want."""
 
     description = "build build/<kind>/_ops*.so for the tests; load it through QLORA_KERNELS_OPS"
     user_options: ClassVar = [("kind=", None, "sanitize or emulated")]
@@ -328,6 +329,6 @@ class BuildPython(build_py):
 
 
 setup(
-    ext_modules=[library for library, source in LIBRARIES if (ROOT / source).exists()],
+    ext_modules=LIBRARIES,
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "build_variant": BuildVariant},
 )

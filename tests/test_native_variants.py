@@ -40,7 +40,7 @@ def sweep(library: Path, *args: str, **environment: str) -> subprocess.Completed
 
 
 def gcc_file(name: str) -> str:
-    """Where the compiler keeps a library; GCC's way to ask, which prints the name when it has none."""
+    """Where the compiler keeps a library; it prints the bare name when it has none."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         pytest.skip(f"no compiler {compiler}")

@@ -105,25 +105,14 @@ def linear_both_ways(rng: random.Random) -> None:
 
     # Sums of magnitudes times the roundings on the way: inputs, weight, S, dS and the result.
     steps = 8 * max(torch.finfo(compute).eps, torch.finfo(x_dtype).eps) + (k + n + m) * 2.0**-23
-    magnitude = {name: t.detach().double() for name, t in leaf.items()}
-    args = [magnitude.get(name) for name in ("bias", "lora_a", "lora_b")]
-    want = reference.linear(magnitude["x"], w, *args, 0.5, torch.float64)
-    size = reference.linear(
-        magnitude["x"].abs(),
-        w.abs(),
-        *[a if a is None else a.abs() for a in args],
-        0.5,
-        torch.float64,
-    )
+    value = {name: t.detach().double() for name, t in leaf.items()}
+    args = [value.get(name) for name in ("bias", "lora_a", "lora_b")]
+    sizes_in = [t if t is None else t.abs() for t in args]
+    want = reference.linear(value["x"], w, *args, 0.5, torch.float64)
+    size = reference.linear(value["x"].abs(), w.abs(), *sizes_in, 0.5, torch.float64)
     within(y.detach(), want, steps * size + 1e-6, "linear " + what)
-    want_grads = reference.linear_backward(dy, magnitude["x"], w, args[1], args[2], 0.5)
-    sizes = reference.linear_backward(
-        dy.abs(),
-        magnitude["x"].abs(),
-        w.abs(),
-        *[a if a is None else a.abs() for a in args[1:]],
-        0.5,
-    )
+    want_grads = reference.linear_backward(dy, value["x"], w, args[1], args[2], 0.5)
+    sizes = reference.linear_backward(dy.abs(), value["x"].abs(), w.abs(), *sizes_in[1:], 0.5)
     for name, t in leaf.items():
         rounding = torch.finfo(t.dtype).eps * sizes[name]
         within(t.grad, want_grads[name], steps * sizes[name] + rounding + 1e-6, f"d{name} {what}")
