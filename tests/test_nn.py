@@ -926,3 +926,31 @@ def test_repr_says_what_it_is() -> None:
         "compress_statistics=True, compute_dtype=torch.bfloat16, r=2, lora_alpha=16, "
         "lora_dropout=0)"
     )
+
+
+# --- without gradients --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_values_are_the_same(mode, autocast: bool) -> None:  # type: ignore[no-untyped-def]
+    layer = LoraLinear4bit(64, 24, r=3)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = layer(x)
+        with mode():
+            z = layer(x)
+    assert y.requires_grad
+    assert not z.requires_grad
+    assert z.dtype == y.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert torch.equal(y, z)
+
+
+def test_a_result_of_no_grad_can_go_on_into_autograd() -> None:
+    layer = Linear4bit(64, 24)
+    with torch.no_grad():
+        y = layer(torch.randn(5, 64))
+    w = torch.randn(24, requires_grad=True)
+    (y * w).sum().backward()
+    assert w.grad is not None
