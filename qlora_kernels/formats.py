@@ -127,7 +127,7 @@ class Format:
     def __repr__(self) -> str:
         return f"Format({self.name!r})"
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         # By name where that means the same, so that copies and workers share the cached tables.
         if FORMATS.get(self.name) is self:
             return get_format, (self.name,)
@@ -136,7 +136,7 @@ class Format:
 
 
 @functools.lru_cache(maxsize=256)
-def _tensors(fmt: Format, device: torch.device):
+def _tensors(fmt: Format, device: torch.device) -> tuple:
     return tuple(torch.from_numpy(table.copy()).to(device) for table in fmt.tables)
 
 

@@ -50,18 +50,15 @@ class QuantState:
         """Whether the scales are double quantized."""
         return self.state2 is not None
 
-    def weight_args(self) -> tuple:
-        """``absmax ... nested_offset``, the run of arguments that every op takes."""
+    def weight_args(
+        self,
+    ) -> tuple[Tensor, Tensor, int, Tensor | None, Tensor | None, Tensor | None]:
+        """``absmax ... nested_offset``, what every op takes after the packed bytes."""
+        assert self.code is not None
         if self.state2 is None:
             return self.absmax, self.code, self.blocksize, None, None, None
-        return (
-            self.absmax,
-            self.code,
-            self.blocksize,
-            self.state2.absmax,
-            self.state2.code,
-            self.offset,
-        )
+        nested = self.state2
+        return self.absmax, self.code, self.blocksize, nested.absmax, nested.code, self.offset
 
     def to(self, device: torch.device | str) -> QuantState:
         """Moves every tensor to ``device``, in place; returns itself."""
@@ -90,11 +87,11 @@ class QuantState:
             "shape": tuple(self.shape or ()),
         }
         if self.state2 is not None:
-            assert self.offset is not None
+            assert self.offset is not None and self.state2.code is not None
             d.update(
                 nested_absmax=self.state2.absmax,
                 nested_blocksize=self.state2.blocksize,
-                nested_quant_map=self.state2.code.clone(),  # type: ignore[union-attr]
+                nested_quant_map=self.state2.code.clone(),
                 nested_dtype=str(self.state2.dtype).removeprefix("torch."),
                 nested_offset=self.offset.item(),
             )
@@ -107,9 +104,7 @@ class QuantState:
         return tensors
 
     @classmethod
-    def from_dict(
-        cls, qs_dict: dict[str, Any], device: torch.device | str = "cpu"
-    ) -> QuantState:
+    def from_dict(cls, qs_dict: dict[str, Any], device: torch.device | str = "cpu") -> QuantState:
         """The state from :meth:`as_dict`'s form, keys with or without a prefix.
 
         Raises:
@@ -132,15 +127,13 @@ class QuantState:
             if not isinstance(meta, dict):
                 raise ValueError(f"{packed[0]} must hold a JSON object, got {type(meta).__name__}")
             d.update(meta)
-        missing = [
-            k for k in ("quant_type", "absmax", "blocksize", "dtype", "shape") if k not in d
-        ]
+        missing = [k for k in ("quant_type", "absmax", "blocksize", "dtype", "shape") if k not in d]
         if missing:
             raise ValueError(f"the quantization state lacks {', '.join(missing)}")
         return cls._from_parts(d, device)
 
     @classmethod
-    def _from_parts(cls, d: dict[str, Any], device) -> QuantState:
+    def _from_parts(cls, d: dict[str, Any], device: torch.device | str) -> QuantState:
         if d["dtype"] not in _DTYPES:
             raise ValueError(
                 f"dtype in the quantization state must be one of {', '.join(_DTYPES)}, "
@@ -184,7 +177,7 @@ class QuantState:
                 f"holds {absmax.numel()}"
             )
         empty = torch.empty((count + 1) // 2, dtype=torch.uint8, device="meta")
-        ops.check_weight(empty, *state.weight_args(), count)
+        ops.check_weight((empty, *state.weight_args()), count)
         return state
 
 
@@ -280,6 +273,10 @@ def dequantize_4bit(
     args = (_bytes(A), *quant_state.weight_args())
     if out is None:
         dtype = dtype or quant_state.dtype or torch.float32
+        if dtype not in ops.FLOATS:
+            raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        if not torch.compiler.is_compiling():
+            ops.check_weight(args, shape.numel())
         return torch.ops.qlora_kernels.dequantize_4bit(*args, list(shape), dtype)
     if out.shape != shape or not out.is_contiguous():
         raise ValueError(
@@ -288,6 +285,9 @@ def dequantize_4bit(
         )
     if dtype is not None and dtype != out.dtype:
         raise ValueError(f"dtype is {dtype}, but out is {out.dtype}")
+    ops.check_float("out", out)
+    if not torch.compiler.is_compiling():
+        ops.check_weight(args, shape.numel())
     torch.ops.qlora_kernels.dequantize_4bit.out(*args, out=out)
     return out
 
@@ -328,19 +328,38 @@ def linear_4bit(
         raise ValueError(
             f"x has {x.shape[-1]} features, but the weight is [{shape[0]}, {shape[1]}]"
         )
-    args = (
-        x,
-        _bytes(packed),
-        *state.weight_args(),
-        shape[0],
-        bias,
-        lora_a,
-        lora_b,
-        lora_s,
-        scaling,
-        compute_dtype or x.dtype,
-    )
-    return torch.ops.qlora_kernels.linear_4bit(*args)[0]
+    weight = (_bytes(packed), *state.weight_args())
+    lora = (lora_a, lora_b, lora_s)
+    return run_linear(x, weight, shape[0], bias, lora, scaling, compute_dtype or x.dtype)
+
+
+def run_linear(
+    x: Tensor,
+    weight: ops.WeightArgs,
+    out_features: int,
+    bias: Tensor | None,
+    lora: tuple[Tensor | None, Tensor | None, Tensor | None],
+    scaling: float,
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    """The op behind :func:`linear_4bit`, on ready arguments: what a module calls for each token.
+
+    ``weight`` is the op's run ``packed ... nested_offset`` (:mod:`qlora_kernels.ops`), ``lora``
+    is ``(lora_a, lora_b, lora_s)``. Arguments are checked in words only after the op refused them.
+    """
+    op = torch.ops.qlora_kernels.linear_4bit.default
+    args = (x, *weight, out_features, bias, *lora, scaling, compute_dtype)
+    if torch.compiler.is_compiling():
+        return op(*args)[0]
+    try:
+        if torch.is_grad_enabled():
+            return op(*args)[0]
+        # No graph to build: past autograd's Python layer, which would cost as much as the op.
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)[0]
+    except RuntimeError:
+        ops.check_linear(x, weight, out_features, bias, *lora, compute_dtype)
+        raise
 
 
 def matmul_4bit(

@@ -33,8 +33,12 @@ _WEIGHT = (
     "Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset"
 )
 _LIB = torch.library.Library(NAMESPACE, "DEF")
-_LIB.define("quantize_4bit(Tensor A, Tensor thresholds, Tensor codes, int blocksize) -> (Tensor, Tensor)")
-_LIB.define("quantize_absmax(Tensor absmax, Tensor thresholds, Tensor? offset) -> (Tensor, Tensor, Tensor)")
+_LIB.define(
+    "quantize_4bit(Tensor A, Tensor thresholds, Tensor codes, int blocksize) -> (Tensor, Tensor)"
+)
+_LIB.define(
+    "quantize_absmax(Tensor absmax, Tensor thresholds, Tensor? offset) -> (Tensor, Tensor, Tensor)"
+)
 _LIB.define(f"dequantize_4bit({_WEIGHT}, SymInt[] shape, ScalarType dtype) -> Tensor")
 _LIB.define(f"dequantize_4bit.out({_WEIGHT}, *, Tensor(a!) out) -> ()")
 _LIB.define(
@@ -49,6 +53,10 @@ _LIB.define(
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
+WeightArgs = tuple[
+    Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None, Tensor | None
+]  # packed ... nested_offset
+
 
 # --- argument checks: before any work, in words -------------------------------------------------
 
@@ -58,17 +66,9 @@ def check_float(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, got {t.dtype}")
 
 
-def check_weight(
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    blocksize: int,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    count: int,
-) -> None:
-    """Raise unless these tensors together hold exactly ``count`` values."""
+def check_weight(weight: WeightArgs, count: int) -> None:
+    """Raise unless ``weight`` (``packed ... nested_offset``) holds exactly ``count`` values."""
+    packed, absmax, codebook, blocksize, nested_absmax, nested_code, nested_offset = weight
     check_blocksize(blocksize)
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed must be uint8, got {packed.dtype}")
@@ -90,9 +90,7 @@ def check_weight(
     if absmax.dtype == torch.float32:
         return
     if absmax.dtype != torch.uint8:
-        raise TypeError(
-            f"absmax must be float32, or uint8 with nested scales, got {absmax.dtype}"
-        )
+        raise TypeError(f"absmax must be float32, or uint8 with nested scales, got {absmax.dtype}")
     if nested_absmax is None or nested_code is None or nested_offset is None:
         raise ValueError(
             "absmax is uint8 (double quantized), so nested_absmax, nested_code and nested_offset "
@@ -110,14 +108,19 @@ def check_weight(
             )
 
 
+def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, but x is on {x.device}")
+
+
 def _check_linear(x: Tensor, n: int, bias, lora_a, lora_b, lora_s, compute_dtype) -> None:
     check_float("x", x)
     if compute_dtype not in FLOATS:
-        raise TypeError(
-            f"compute_dtype must be float32, bfloat16 or float16, got {compute_dtype}"
-        )
+        raise TypeError(f"compute_dtype must be float32, bfloat16 or float16, got {compute_dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of in_features, got {tuple(x.shape)}")
+    _check_devices(x, bias=bias, lora_a=lora_a, lora_b=lora_b, lora_s=lora_s)
     k = x.shape[-1]
     if bias is not None:
         check_float("bias", bias)
@@ -149,14 +152,22 @@ def _check_linear(x: Tensor, n: int, bias, lora_a, lora_b, lora_s, compute_dtype
             )
 
 
-def _check_linear_weight(x: Tensor, n: int, weight: tuple) -> None:
+def check_linear(
+    x: Tensor, weight: WeightArgs, n: int, bias, lora_a, lora_b, lora_s, compute_dtype: torch.dtype
+) -> None:
+    """Raise, naming the argument, unless a linear layer's arguments go together.
+
+    ``weight`` is ``(packed, ..., nested_offset)``; devices are compared too.
+    """
+    _check_linear(x, n, bias, lora_a, lora_b, lora_s, compute_dtype)
+    _check_devices(x, packed=weight[0], absmax=weight[1])
     packed, count = weight[0], n * x.shape[-1]
     if packed.numel() != (count + 1) // 2:
         raise ValueError(
             f"x has {x.shape[-1]} features, but the packed weight holds {packed.numel()} bytes, "
             f"not the {(count + 1) // 2} of a [{n}, {x.shape[-1]}] weight"
         )
-    check_weight(*weight, count)
+    check_weight(weight, count)
 
 
 # --- plain torch: any device, and the shape of every result -------------------------------------
@@ -173,10 +184,10 @@ def _plain_dequantize(
     packed, absmax, codebook, blocksize, nested_absmax, nested_code, nested_offset, shape, dtype
 ) -> Tensor:
     count = torch.Size(shape).numel()
-    check_weight(
-        packed, absmax, codebook, blocksize, nested_absmax, nested_code, nested_offset, count
-    )
-    check_float("dtype's tensor", torch.empty(0, dtype=dtype))
+    weight = (packed, absmax, codebook, blocksize, nested_absmax, nested_code, nested_offset)
+    check_weight(weight, count)
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     _notice(packed)
     packed = packed.reshape(-1)
     q = torch.stack([packed >> 4, packed & 15], 1).view(-1)
@@ -257,8 +268,7 @@ def _plain_linear(
     compute_dtype,
 ) -> tuple[Tensor, Tensor]:
     weight = (packed, absmax, codebook, blocksize, nested_absmax, nested_code, nested_offset)
-    _check_linear(x, out_features, bias, lora_a, lora_b, lora_s, compute_dtype)
-    _check_linear_weight(x, out_features, weight)
+    check_linear(x, weight, out_features, bias, lora_a, lora_b, lora_s, compute_dtype)
     k = x.shape[-1]
     w = _plain_dequantize(*weight, [out_features, k], compute_dtype)
     xc = x.reshape(-1, k).to(compute_dtype)
@@ -396,9 +406,7 @@ def _(absmax, thresholds, offset):
 
 
 @torch.library.register_fake(f"{NAMESPACE}::dequantize_4bit")
-def _(
-    packed, absmax, codebook, blocksize, nested_absmax, nested_code, nested_offset, shape, dtype
-):
+def _(packed, absmax, codebook, blocksize, nested_absmax, nested_code, nested_offset, shape, dtype):
     return packed.new_empty(shape, dtype=dtype)
 
 
@@ -476,7 +484,7 @@ _N_WEIGHT = 7  # packed ... nested_offset
 
 def _setup_context(ctx, inputs, output) -> None:
     x, weight = inputs[0], inputs[1 : 1 + _N_WEIGHT]
-    out_features, bias, lora_a, lora_b, lora_s, scaling, compute_dtype = inputs[1 + _N_WEIGHT :]
+    _, bias, lora_a, lora_b, lora_s, scaling, compute_dtype = inputs[1 + _N_WEIGHT :]
     _, s = output
     ctx.set_materialize_grads(False)
     need_a = lora_a is not None and lora_a.requires_grad

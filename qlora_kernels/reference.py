@@ -21,7 +21,14 @@ from __future__ import annotations
 
 import torch
 
-from .formats import MIN_ABSMAX, NESTED_BLOCKSIZE, Format, get_format, nested_code, nested_thresholds
+from .formats import (
+    MIN_ABSMAX,
+    NESTED_BLOCKSIZE,
+    Format,
+    get_format,
+    nested_code,
+    nested_thresholds,
+)
 
 
 def quantize(

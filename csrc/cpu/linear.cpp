@@ -10,9 +10,9 @@
 //             x in pair order      ->          [x0 x2 x4 ...]                [x1 x3 x5 ...]
 //
 //         Variant (c) of the numerics. fp32: exact codes. bf16, one row: codes rounded to bf16 (a
-//         relative error of at most 2^-9 each); more rows: variant (a), a block's 16 values scaled
+//         relative error of at most 2^-8 each); more rows: variant (a), a block's 16 values scaled
 //         and rounded. Against float64, with u = 2^-24:
-//         |error| <= (K/lanes + 12) u sum|x w| (+ 2^-9 sum|x w| for bf16).
+//         |error| <= (K/lanes + 12) u sum|x w| (+ 2^-8 sum|x w| for bf16).
 //
 // tile    (5 ... 64 rows, and fewer where groups of 64 do not fit the rows): 16 rows of W at a time are decoded in strips of 256 columns into L1,
 //         scaled and in order, and multiplied with all rows of x by a register tile of 4 x 3 (AVX2)
