@@ -68,8 +68,10 @@ class DataOptions:
                 "at least 2 are needed"
             )
         if isinstance(self.eval_split, bool) or self.eval_split < 0:
-            raise DataError(f"eval_split is {self.eval_split!r}; it may be 0, a share below 1, or "
-                            "a number of samples")
+            raise DataError(
+                f"eval_split is {self.eval_split!r}; it may be 0, a share below 1, or "
+                "a number of samples"
+            )
         if isinstance(self.eval_split, float) and self.eval_split >= 1:
             raise DataError(
                 f"eval_split is {self.eval_split}; a share is below 1.0 (for a number of samples "
@@ -85,7 +87,6 @@ class Sample:
 
     input_ids: np.ndarray  # int32 [n]
     labels: np.ndarray  # int32 [n], IGNORE where not trained
-    text: str = ""  # the key by which duplicates are told
 
 
 class Samples(Sequence[dict[str, Any]]):
@@ -114,6 +115,11 @@ class Samples(Sequence[dict[str, Any]]):
     def lengths(self) -> np.ndarray:
         """int64 ``[len(self)]``: tokens in each row."""
         return np.diff(self._starts[self._rows])
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """All of it: tokens, labels, where samples start, which sample starts each row."""
+        return self._ids, self._labels, self._starts, self._rows
 
     @property
     def tokens(self) -> int:
@@ -207,5 +213,7 @@ class Prepared:
     eval: Samples
     report: DataReport
     fingerprint: str
-    """Hex SHA-256 of the tokens, labels, rows and of the options that decide the order: equal
-    fingerprints mean the same batches at every step (given the same batch size)."""
+    """Hex SHA-256 of tokens, labels, rows and seed: equal fingerprints mean the same batches at
+    every step, given the same batch size and order."""
+    chat_template: str | None = None
+    """The template that was used; a chat with the model has to use it too. None: none was."""
