@@ -219,7 +219,8 @@ def compile_targets(folder: Path, targets: list[str], *options: str) -> None:
     ninja, pybind11 = find_tool("ninja"), find_pybind11()
     compiler, compiler_version = find_compiler()
 
-    # A changed compiler or a moved checkout makes all objects useless; a changed tool does not.
+    # A changed compiler or a moved checkout makes all objects useless; a changed tool does not, and
+    # ninja sees itself which objects a changed option is for.
     identity = {"source": str(ROOT), "compiler": [compiler, compiler_version]}
     tools = {
         "cmake": [cmake, cmake_version],
@@ -227,6 +228,7 @@ def compile_targets(folder: Path, targets: list[str], *options: str) -> None:
         "pybind11": pybind11,
         "python": sys.executable,
         "torch": [str(torch), torch_version],
+        "options": [*options, *shlex.split(os.environ.get("CMAKE_ARGS", ""))],
     }
     record = folder / "made_with.json"
     before = read_record(record)
@@ -244,8 +246,7 @@ def compile_targets(folder: Path, targets: list[str], *options: str) -> None:
             f"-Dpybind11_DIR={pybind11}",
             f"-DQLK_TORCH_DIR={torch}",
             f"-DQLK_WERROR={'ON' if os.environ.get('QLORA_KERNELS_WERROR') == '1' else 'OFF'}",
-            *options,
-            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+            *tools["options"],
         ]
         return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
