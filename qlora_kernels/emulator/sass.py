@@ -491,6 +491,7 @@ class Dynamic:
     trips: np.ndarray
     warps: float
     unexplained: float
+    entries: dict[int, float] = field(default_factory=dict)  # by loop header, from outside
 
     def total(self, blocks: Iterable[int] | None = None) -> float:
         """Warp instructions issued, in all blocks or in some."""
@@ -712,4 +713,10 @@ def _solve(function: Function, executions: Mapping[int, float], warps: float) ->
             counted += count
             missed += solution.x[down0 + q] + (0.0 if at_least else solution.x[up0 + q])
     trips = np.maximum(solution.x[:nb], 0.0) * warps
-    return Dynamic(function, trips, float(warps), missed / counted if counted else 0.0)
+    flows = np.maximum(solution.x[f0 : f0 + ne], 0.0) * warps
+    entries = {}
+    for loop in function.loops:
+        outside = sum(flows[e] for e in incoming[loop.header] if edges[e][0] not in loop)
+        entries[loop.header] = float(outside + (warps if loop.header == 0 else 0.0))
+    unexplained = missed / counted if counted else 0.0
+    return Dynamic(function, trips, float(warps), unexplained, entries)

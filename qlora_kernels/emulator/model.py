@@ -1,0 +1,534 @@
+"""A modelled time for a kernel, from what it was counted to do and what a device is said to be able to.
+
+Nothing here is measured, and every figure that comes out is labelled *modelled*. The time is
+
+    launch + max(ramp + throughput, latency)
+
+``throughput`` is the largest of the times that each resource would need if it alone had to do its
+work: DRAM and L2 over the whole device; the L2 port, shared memory and L1, issue slots, each
+arithmetic pipe and the tensor cores of the multiprocessor that gets the most blocks; the start of
+one block after another. ``latency`` is
+what a multiprocessor needs if nothing ever queues: one warp's path from start to end, each
+instruction waiting for its operands, times the rounds in which the resident blocks take turns. It
+decides when there is too little parallelism to keep anything busy. ``ramp`` is the first access to
+DRAM and the last. The largest term is named as the bottleneck.
+
+No constant is fitted to the measurements that ``benchmarks/emulator_model.py`` compares with: they
+are the device table's, and the latencies below with their sources. Known to be wrong:
+
+- terms overlap perfectly, or not at all. Near a balance of two of them, and with few warps, a real
+  kernel is slower than the larger one (by up to a third).
+- no bank of DRAM, row or direction of traffic: reads and writes cost the same, and mixed streams
+  reach some 5 to 12% less than pure reads on HBM.
+- L2 is one cache of one bandwidth: A100 and H100 have two halves, and an access to the far one
+  costs more. Partition camping, set conflicts and write-backs before a re-write are unknown to it.
+- clocks are the table's. Tensor kernels on 350–450 W parts throttle below them.
+- instruction cache, register bank conflicts, dispatch stalls and dual use of a register port are
+  unknown: a kernel at the issue limit is modelled some 5 to 15% too fast.
+- caches: hits in L1 are those that the emulator saw per block; reuse in L2 between blocks that run
+  at different times is what the caller says with ``dram_bytes``, or none beyond a wave.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import sass, toolchain
+from .devices import Device, Occupancy, get_device, occupancy
+from .sass import Dynamic, Instruction, Loop, tensor_kind
+
+__all__ = ["Modelled", "Work", "model", "profile", "warp_cycles", "wave_bytes", "work_of"]
+
+# Cycles until a result can be used. Fixed-latency arithmetic is 4 on every target since Volta;
+# the others are microbenchmarks of arXiv:1804.06826 (Volta), 1903.07486 (Turing) and 2402.13499
+# (Ampere, Ada, Hopper), which agree within a few cycles of each other.
+_LATENCY = {
+    "fma": 4, "alu": 4, "imul": 4, "half": 4, "fp64": 8, "xu": 18, "uniform": 6, "const": 28,
+    "control": 0, "unknown": 4, "tma": 0, "tcgen05": 20,
+}  # fmt: skip
+_SHUFFLE, _SPECIAL_REGISTER, _BARRIER, _BRANCH, _SHARED_ATOMIC = 24, 20, 22, 8, 60
+
+
+@dataclass
+class Work:
+    """What one launch does, summed over the whole grid unless it says otherwise.
+
+    ``pipes`` are warp instructions of SASS by pipe; ``dram_read``, ``dram_write`` and ``l2_bytes``
+    bytes (the latter both ways between multiprocessors and L2); ``wavefronts`` passes through the
+    128-byte data path of shared memory and L1; ``tensor`` operations by type of warp-wide matrix
+    instructions, ``tensor_async`` of wgmma's and tcgen05's; ``cycles`` one warp's path on the
+    modelled device, if it is known. ``blocks``, ``threads``, ``registers`` and ``shared`` (bytes a
+    block, static and dynamic) are the launch's.
+    """
+
+    name: str
+    blocks: int
+    threads: int
+    registers: int
+    shared: int
+    pipes: dict[str, float] = field(default_factory=dict)
+    dram_read: float = 0.0
+    dram_write: float = 0.0
+    l2_bytes: float = 0.0
+    wavefronts: float = 0.0
+    tensor: dict[str, float] = field(default_factory=dict)
+    tensor_async: dict[str, float] = field(default_factory=dict)
+    cycles: float = 0.0
+    barriers: int = 0
+
+    def scaled(self, blocks: int, **changes: float) -> Work:
+        """The same work in each block, for another number of blocks."""
+        k = blocks / self.blocks
+        out = Work(
+            self.name, blocks, self.threads, self.registers, self.shared,
+            {p: c * k for p, c in self.pipes.items()}, self.dram_read * k, self.dram_write * k,
+            self.l2_bytes * k, self.wavefronts * k, {t: c * k for t, c in self.tensor.items()},
+            {t: c * k for t, c in self.tensor_async.items()}, self.cycles, self.barriers,
+        )  # fmt: skip
+        for name, value in changes.items():
+            setattr(out, name, value)
+        return out
+
+
+@dataclass
+class Modelled:
+    """A modelled time in seconds, and what it is made of.
+
+    ``terms`` maps each resource to the time it alone would need; ``bottleneck`` is the largest's
+    name; ``launch`` and ``ramp`` are seconds; ``waves`` is blocks over resident blocks, and
+    ``balance`` the share of multiprocessor time that has blocks to run.
+    """
+
+    name: str
+    device: Device
+    time: float
+    bottleneck: str
+    terms: dict[str, float]
+    launch: float
+    ramp: float
+    occupancy: Occupancy
+    waves: float
+    balance: float
+
+    @property
+    def kernel(self) -> float:
+        """Seconds without the launch: what a profiler calls the kernel's duration."""
+        return self.time - self.launch
+
+    def utilisation(self, term: str) -> float:
+        """The share of the modelled kernel time that a resource is busy."""
+        return self.terms.get(term, 0.0) / self.kernel
+
+    def __str__(self) -> str:
+        rows = [
+            f"{self.name} on {self.device}: modelled {self.time * 1e6:.2f} µs, bound by {self.bottleneck}",
+            f"  occupancy {self.occupancy.share:.0%} ({self.occupancy.blocks} blocks a multiprocessor, "
+            f"limited by {self.occupancy.limiter}), {self.waves:.2f} waves, balance {self.balance:.0%}",
+            f"  launch {self.launch * 1e6:.2f} µs, ramp {self.ramp * 1e6:.2f} µs",
+        ]
+        for name, seconds in sorted(self.terms.items(), key=lambda t: -t[1]):
+            if seconds:
+                rows.append(f"  {name:24} {seconds * 1e6:10.2f} µs  {self.utilisation(name):6.1%}")
+        return "\n".join(rows)
+
+
+def model(work: Work, device: str | Device, *, launch: bool | float = True) -> Modelled:
+    """The modelled time of ``work`` on a device. ``launch=False`` leaves the launch's overhead out
+    (the kernel's own duration); a number is that many times the device's.
+
+    Raises ``ValueError`` for a launch that the device refuses.
+    """
+    device = get_device(device)
+    sm = device.sm
+    fit = occupancy(device, work.threads, work.registers, work.shared, work.barriers)
+    if fit.blocks == 0:
+        raise ValueError(
+            f"{work.name} does not fit a multiprocessor of {device}: {work.threads} threads, "
+            f"{work.registers} registers, {work.shared} bytes of shared memory ({fit.limiter})"
+        )
+    resident = fit.blocks
+    busiest = math.ceil(work.blocks / device.sms)  # blocks of the multiprocessor with the most
+    share = busiest / work.blocks  # of the whole work
+    clock = device.clock
+    terms: dict[str, float] = {
+        "DRAM": (work.dram_read + work.dram_write) / device.dram_read,
+        "L2": work.l2_bytes / device.l2_bandwidth,
+        # 64 bytes a clock between a multiprocessor and L2 [arXiv:2402.13499, and A100 whitepaper].
+        "L2 port": work.l2_bytes * share / (64 * clock),
+        "shared memory": work.wavefronts * share / clock,
+        "issue slots": sum(work.pipes.values()) * share / (sm.issue * clock),
+        "block launch": work.blocks * device.block_cycles / clock,
+    }
+    for pipe, count in work.pipes.items():
+        if pipe in sm.rate:
+            terms[f"issue slots ({pipe})"] = count * share / (sm.rate[pipe] * clock)
+    tensor = 0.0
+    for kind, flops in work.tensor.items():
+        tensor += flops / (_tensor_rate(device, kind) * device.mma_sync)
+    for kind, flops in work.tensor_async.items():
+        tensor += flops / _tensor_rate(device, kind)
+    terms["tensor cores"] = tensor * share * device.sms
+    rounds = math.ceil(busiest / resident)
+    terms["latency"] = rounds * work.cycles / clock
+    # The first access comes back after a latency during which nothing streams; the last store is
+    # not waited for, but the last load's is, by its block.
+    ramp = device.dram_latency / clock
+    throughput = max(seconds for name, seconds in terms.items() if name != "latency")
+    kernel = max(ramp + throughput, terms["latency"])
+    bottleneck = max(terms, key=lambda name: terms[name])
+    if terms["latency"] < ramp + throughput and bottleneck == "latency":
+        bottleneck = max((t for t in terms if t != "latency"), key=lambda name: terms[name])
+    overhead = device.launch * float(launch)
+    return Modelled(
+        work.name, device, kernel + overhead, bottleneck, terms, overhead, ramp, fit,
+        work.blocks / (resident * device.sms), work.blocks / (busiest * device.sms),
+    )  # fmt: skip
+
+
+def _tensor_rate(device: Device, kind: str) -> float:
+    if kind in device.tensor:
+        return device.tensor[kind]
+    if kind == "fp16_acc16":
+        # GeForce parts halve fp16 with fp32 accumulation; elsewhere both are the same.
+        geforce = device.tensor.get("fp16", 0) < device.sms * device.clock * 1000
+        return device.tensor["fp16"] * (2 if geforce else 1)
+    raise ValueError(f"{device} has no tensor rate for {kind}: it has {', '.join(device.tensor)}")
+
+
+# ------------------------------------------------------------------------------------------------
+# One warp's path
+
+
+class _Schedule:
+    """In-order issue of one warp: when each instruction's operands are there, and its pipe free."""
+
+    def __init__(self, device: Device, memory: Mapping[str, float]) -> None:
+        self.device = device
+        self.memory = memory
+        self.time = 0.0
+        self.ready: dict[str, float] = {}
+        self.free: dict[str, float] = {}
+        self.open: float = 0.0  # completion of the cp.async issued since the last commit
+        self.groups: list[float] = []
+        self.tensor_groups: list[float] = []
+
+    def shift(self, cycles: float) -> None:
+        self.time += cycles
+        for table in (self.ready, self.free):
+            for key in table:
+                table[key] += cycles
+        self.groups = [g + cycles for g in self.groups]
+        self.tensor_groups = [g + cycles for g in self.tensor_groups]
+        self.open += cycles
+
+    def latency(self, i: Instruction) -> float:
+        base, sm = i.base, self.device.sm
+        if base in ("LDG", "LD", "LDL", "LDGSTS"):
+            return self.memory["global"]
+        if base in ("ATOM", "ATOMG"):
+            return self.device.l2_latency
+        if base in ("LDS", "LDSM", "ST", "STS"):
+            return sm.shared_latency
+        if base == "ATOMS":
+            return _SHARED_ATOMIC
+        if base in ("SHFL", "REDUX", "MATCH", "CREDUX"):
+            return _SHUFFLE
+        if base in ("S2R", "S2UR"):
+            return _SPECIAL_REGISTER
+        if i.pipe == "tensor":
+            k = (i.tensor_shape or (0, 0, 16))[2]
+            return sm.mma_latency if k >= 16 else sm.mma_latency * 0.55
+        return _LATENCY.get(i.pipe, 4)
+
+    def interval(self, i: Instruction) -> float:
+        """Cycles for which the instruction's pipe in one partition takes no other."""
+        sm = self.device.sm
+        if i.pipe == "tensor" and i.tensor_flops:
+            rate = _tensor_rate(self.device, tensor_kind(i))
+            if "GMMA" not in i.base:
+                rate *= self.device.mma_sync
+            return i.tensor_flops * 4 * self.device.sms * self.device.clock / rate / 1.0
+        return sm.partitions / sm.rate[i.pipe] if i.pipe in sm.rate else 1.0
+
+    def issue(self, i: Instruction) -> None:
+        reads, writes = i.registers
+        start = self.time
+        for name in reads:
+            start = max(start, self.ready.get(name, 0.0))
+        for name in writes:  # a pending load must not overtake
+            start = max(start, self.ready.get(name, 0.0) - 1)
+        start = max(start, self.free.get(i.pipe, 0.0))
+        if i.base == "DEPBAR" and i.operands and i.operands[0].startswith("SB"):
+            keep = int(i.operands[1], 16) if len(i.operands) > 1 else 0
+            done = self.groups[: len(self.groups) - keep] if keep else self.groups
+            start = max([start, *done])
+        elif i.base == "WARPGROUP" and "DEPBAR" in i.opcode:
+            keep = int(i.operands[-1], 16) if i.operands else 0
+            done = self.tensor_groups[: len(self.tensor_groups) - keep]
+            start = max([start, *done])
+        elif i.base in ("MEMBAR", "FENCE"):
+            start += self.device.l2_latency
+        self.free[i.pipe] = start + self.interval(i)
+        end = start + self.latency(i)
+        if i.base == "LDGSTS":
+            self.open = max(self.open, end)
+        elif i.base == "LDGDEPBAR":
+            self.groups.append(self.open)
+        elif "GMMA" in i.base:
+            self.tensor_groups.append(end + self.interval(i))
+        elif i.base == "BAR":
+            start += _BARRIER
+        for name in writes:
+            self.ready[name] = end
+        self.time = start + 1
+        if i.base in ("BRA", "BRX", "CALL", "RET", "BSYNC"):
+            self.time += _BRANCH if not i.predicated else _BRANCH / 2
+
+
+def warp_cycles(dynamic: Dynamic, device: str | Device, *, global_latency: float) -> float:
+    """Cycles from a warp's first instruction to its last if it never waits for another warp.
+
+    Blocks that at least every second pass runs are walked in the order of their addresses; a loop
+    is walked up to four times, and the last pass stands for the rest of its trips.
+    ``global_latency`` is what a load from global memory takes (``work_of`` mixes it).
+    """
+    device = get_device(device)
+    function = dynamic.function
+    loops = function.loops
+    state = _Schedule(device, {"global": global_latency})
+
+    def parent(inner: Loop) -> Loop | None:
+        around = [x for x in loops if inner.blocks < x.blocks]
+        return min(around, key=lambda x: len(x.blocks), default=None)
+
+    children: dict[int | None, list[Loop]] = {}
+    for loop in loops:
+        around = parent(loop)
+        children.setdefault(around.header if around else None, []).append(loop)
+
+    def walk(region: frozenset[int], header: int | None, passes: float) -> None:
+        inner = {x.header: x for x in children.get(header, [])}
+        inside = {b for x in inner.values() for b in x.blocks}
+        for b in sorted(region):
+            if b in inner:
+                repeat(inner[b], passes)
+            elif b not in inside and dynamic.trips[b] >= 0.5 * passes:
+                for instruction in function.blocks[b].instructions:
+                    state.issue(instruction)
+
+    def repeat(loop: Loop, passes: float) -> None:
+        entries = dynamic.entries.get(loop.header, 0.0)
+        trips = dynamic.trips[loop.header] / max(entries, 1e-30)
+        if entries < 0.5 * passes or trips < 0.5:
+            return
+        # How often the loop is entered in one pass of what surrounds it.
+        times = max(1.0, entries / passes)
+        before = state.time
+        last = 0.0
+        for _ in range(min(4, round(trips))):
+            start = state.time
+            walk(loop.blocks, loop.header, dynamic.trips[loop.header])
+            last = state.time - start
+        state.shift(last * max(0.0, trips - 4))
+        if times > 1:
+            state.shift((state.time - before) * (times - 1))
+
+    walk(frozenset(range(len(function.blocks))), None, dynamic.warps)
+    return state.time
+
+
+# ------------------------------------------------------------------------------------------------
+# From counts to work
+
+
+def wave_bytes(
+    footprint: float,
+    fresh: Sequence[float],
+    grid: Sequence[int],
+    wave: int,
+    cache: float = 0.0,
+) -> float:
+    """Bytes of one buffer that a grid of blocks fetches from DRAM, ``wave`` blocks at a time.
+
+    ``footprint`` is what one block touches of it, ``fresh[i]`` the share of that which the next
+    block along dimension i does not touch (1: a part of its own, 0: the same). Blocks of a wave
+    share what they have in common, as if they marched in step; of an earlier wave nothing is left,
+    unless the buffer fits in ``cache`` bytes as a whole: then each byte is fetched once.
+    """
+    gx, gy, gz = grid
+    fx, fy, fz = fresh
+
+    def union(nx: int, ny: int, nz: int) -> float:
+        if min(nx, ny, nz) < 1:
+            return 0.0
+        return footprint * (1 + (nx - 1) * fx) * (1 + (ny - 1) * fy) * (1 + (nz - 1) * fz)
+
+    whole = union(gx, gy, gz)
+    if whole <= cache:
+        return whole
+    wave = max(1, wave)
+    # A wave is whole rows of x, or a part of one; whole planes of x and y, or a part of one.
+    if wave <= gx:
+        total = (gx // wave) * union(wave, 1, 1) + union(gx % wave, 1, 1) * (gx % wave > 0)
+        return total * gy * gz
+    rows = wave / gx
+    if rows <= gy:
+        waves = gy / rows
+        return waves * footprint * (1 + (gx - 1) * fx) * (1 + (rows - 1) * fy) * gz
+    planes = rows / gy
+    waves = gz / planes
+    return waves * union(gx, gy, 1) * (1 + (planes - 1) * fz)
+
+
+def work_of(
+    name: str,
+    dynamic: Dynamic,
+    device: str | Device,
+    *,
+    blocks: int,
+    threads: int,
+    registers: int,
+    shared: int,
+    dram_read: float,
+    dram_write: float,
+    l2_bytes: float,
+    wavefronts: float,
+    emulated: int | None = None,
+    l1_hits: float = 0.0,
+) -> Work:
+    """Put a launch's work together: SASS from ``dynamic`` (of ``emulated`` blocks, all by default),
+    scaled to ``blocks``; bytes and wavefronts as the caller has them for all ``blocks``.
+
+    ``l1_hits`` is the share of loads served by L1; of the rest, those that DRAM serves are the share
+    of L2's bytes that came from there.
+    """
+    device = get_device(device)
+    scale = blocks / (emulated or blocks)
+    from_dram = min(1.0, (dram_read + dram_write) / l2_bytes) if l2_bytes else 0.0
+    beyond = device.l2_latency + from_dram * (device.dram_latency - device.l2_latency)
+    latency = l1_hits * device.sm.l1_latency + (1 - l1_hits) * beyond
+    warp_wide: dict[str, float] = {}
+    asynchronous: dict[str, float] = {}
+    for block, trips in zip(dynamic.function.blocks, dynamic.trips, strict=True):
+        for i in block.instructions:
+            if i.tensor_flops:
+                table = asynchronous if re.search("GMMA|UTC", i.base) else warp_wide
+                kind = tensor_kind(i)
+                table[kind] = table.get(kind, 0.0) + i.tensor_flops * float(trips) * scale
+    return Work(
+        name, blocks, threads, registers, shared,
+        {p: float(c) * scale for p, c in dynamic.pipes().items()}, dram_read, dram_write, l2_bytes,
+        wavefronts, warp_wide, asynchronous,
+        warp_cycles(dynamic, device, global_latency=latency),
+    )  # fmt: skip
+
+
+def _rows(counts: Any) -> dict[str, Any]:
+    table = counts.instructions
+    return {name: table[name] for name in table.dtype.names}
+
+
+def wavefronts_of(counts: Any) -> float:
+    """Passes through the data path of shared memory and L1 that a launch's counts make.
+
+    Shared memory's are counted by the emulator. A global request takes one for each 128 bytes of
+    sectors; if it moves more than twice the sectors that it needs, its lanes lie in lines of their
+    own, and each sector takes one.
+    """
+    rows = _rows(counts)
+    scattered = rows["sectors"] > 2 * rows["sectors_ideal"]
+    lines = rows["sectors"] / 4.0
+    lines[scattered] = rows["sectors"][scattered]
+    return float(rows["wavefronts"].sum() + lines.sum())
+
+
+def profile(
+    kernel: Any,
+    grid: Sequence[int] | int,
+    block: Sequence[int] | int,
+    args: Sequence[Any],
+    device: str | Device,
+    *,
+    shared_bytes: int = 0,
+    target: str | None = None,
+    dram_read: float | None = None,
+    dram_write: float | None = None,
+    emulator: Any = None,
+    **options: Any,
+) -> tuple[Work, Dynamic]:
+    """Run representative blocks of a launch and put together what all of it does.
+
+    The first block is emulated, and for each dimension of the grid the first two along it, with the
+    arguments of the whole problem: a kernel whose blocks do the same work wherever they are (tiles,
+    not grid-stride loops) is known by them. The first gives instructions (SASS for ``target``, the
+    device's own by default, times trips), sectors and wavefronts; the pairs show which bytes
+    neighbours share, from which ``wave_bytes`` has the traffic of DRAM; ``dram_read`` and
+    ``dram_write`` (bytes) overrule it. L1 is taken to serve what a block reads again.
+
+    Returns the `Work` for ``model`` and the `Dynamic` for reports.
+    """
+    device = get_device(device)
+    shape = tuple(grid) if isinstance(grid, Sequence) else (int(grid),)
+    full = (*shape, 1, 1)[:3]
+    if emulator is None:
+        from . import emulate as emulator
+
+    def run(size: tuple[int, int, int]) -> Any:
+        return emulator(
+            kernel, grid=size, block=block, args=args, device=device.key, checks=("counts",),
+            shared_bytes=shared_bytes, **options,
+        ).counts  # fmt: skip
+
+    single = run((1, 1, 1))
+    pairs: list[Any] = []
+    for axis in range(3):
+        size = [1, 1, 1]
+        size[axis] = 2
+        pairs.append(run((size[0], size[1], size[2])) if full[axis] > 1 else None)
+
+    functions = sass.load(kernel.ptx, target or device.target)
+    cubin = toolchain.assemble(kernel.ptx, target or device.target)
+    use = cubin.resources[kernel.name]
+    sides = tuple(block) if isinstance(block, Sequence) else (int(block),)
+    threads = math.prod(sides)
+    blocks = math.prod(full)
+    warps = math.ceil(threads / 32)
+    executions = single.by_ptx_line()
+    dynamic = functions[kernel.name].dynamic(executions, warps)
+    shared = use.shared + shared_bytes
+    fit = occupancy(device, threads, use.registers, shared)
+    wave = max(1, fit.blocks) * device.sms
+
+    read = write = 0.0
+    sectors = distinct = 0.0
+    for index, region in enumerate(single.regions):
+        for kind in ("read", "written"):
+            own = 32.0 * getattr(region, f"distinct_{kind}")
+            if own == 0:
+                continue
+            fresh = []
+            for pair in pairs:
+                both = 32.0 * getattr(pair.regions[index], f"distinct_{kind}") if pair else own
+                fresh.append(min(1.0, max(0.0, both / own - 1.0)))
+            moved = wave_bytes(own, fresh, full, wave, device.l2_bytes)
+            if kind == "read":
+                read += moved
+            else:
+                write += moved
+        sectors += region.sectors_read
+        distinct += region.distinct_read
+    written = sum(region.sectors_written for region in single.regions)
+    hits = 1.0 - distinct / sectors if sectors else 0.0
+    work = work_of(
+        kernel.name, dynamic, device, blocks=blocks, threads=threads, registers=use.registers,
+        shared=shared, dram_read=read if dram_read is None else dram_read,
+        dram_write=write if dram_write is None else dram_write,
+        l2_bytes=32.0 * (distinct + written) * blocks,
+        wavefronts=wavefronts_of(single) * blocks, emulated=1, l1_hits=hits,
+    )  # fmt: skip
+    work.barriers = use.barriers
+    return work, dynamic
