@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,19 @@ import numpy as np
 
 from . import toolchain
 
-__all__ = ["Block", "Dynamic", "Function", "Instruction", "Loop", "load", "parse", "pipe_of"]
+__all__ = [
+    "Block",
+    "Dynamic",
+    "Function",
+    "Instruction",
+    "Loop",
+    "executions_by_hand",
+    "load",
+    "load_cubin",
+    "parse",
+    "pipe_of",
+    "tensor_kind",
+]
 
 # ------------------------------------------------------------------------------------------------
 # Instructions
@@ -476,6 +488,32 @@ def load(ptx: str | toolchain.Ptx, target: str | int | None = None) -> dict[str,
 def load_cubin(path: str | Path | toolchain.Cubin) -> dict[str, Function]:
     """The SASS of a cubin (built with ``-lineinfo``, if lines are to be known)."""
     return parse(toolchain.disassemble(path, lines="ptx"))
+
+
+def executions_by_hand(ptx: str, kernel: str, trips: Callable[[str], float]) -> dict[int, float]:
+    """Warp executions by line of PTX for a kernel whose loops are known, without running it.
+
+    ``trips(text)`` says how often each straight-line piece of the kernel's PTX runs: a piece is
+    what lies between labels and branches. Raises ``ValueError`` if there is no such kernel.
+    """
+    lines = ptx.splitlines()
+    starts = [i for i, t in enumerate(lines) if re.search(rf"\.entry {re.escape(kernel)}\(", t)]
+    if not starts:
+        raise ValueError(f"no kernel {kernel} in this PTX")
+    body = next(i for i in range(starts[0], len(lines)) if lines[i].startswith("{"))
+    end = next(i for i in range(body, len(lines)) if lines[i].startswith("}"))
+    counts: dict[int, float] = {}
+    piece: list[int] = []
+    for i in range(body + 1, end + 1):
+        ended = piece and re.search(r"\bbra\b", lines[piece[-1]])
+        if piece and (ended or lines[i].startswith(("$", "}"))):
+            count = trips("\n".join(lines[p] for p in piece))
+            counts.update({p + 1: count for p in piece})
+            piece = []
+        text = lines[i].strip()
+        if re.match(r"\s+@?!?%?\w+[\w.]*\s", lines[i]) and not text.startswith("."):
+            piece.append(i)
+    return counts
 
 
 # ------------------------------------------------------------------------------------------------

@@ -36,7 +36,10 @@ def by_name(request):
     """An engine that knows the kernel ``scale`` and what ``gain`` reads; the rest it only sees."""
     if request.kernel.startswith("_Z5scale"):
         x, y = (int.from_bytes(a, "little") for a in request.arguments[:2])
-        (a,), (n,) = struct.unpack("<f", request.arguments[2]), struct.unpack("<i", request.arguments[3])
+        (a,), (n,) = (
+            struct.unpack("<f", request.arguments[2]),
+            struct.unpack("<i", request.arguments[3]),
+        )
         source = np.ctypeslib.as_array((ctypes.c_float * n).from_address(x))
         np.ctypeslib.as_array((ctypes.c_float * n).from_address(y))[:] = a * source
     return SimpleNamespace(counts=None, reports=[])
@@ -358,7 +361,11 @@ def test_a_launcher_reads_the_devices_figures_from_the_table(library, key):
     assert facts.name.decode() == device.name and facts.memory == device.memory
     assert (facts.sms, facts.attribute_sms) == (device.sms, device.sms)
     assert (facts.shared_optin, facts.attribute_optin) == (sm.shared_optin, sm.shared_optin)
-    assert (facts.shared_sm, facts.regs_sm, facts.threads_sm) == (sm.shared, sm.registers, sm.threads)
+    assert (facts.shared_sm, facts.regs_sm, facts.threads_sm) == (
+        sm.shared,
+        sm.registers,
+        sm.threads,
+    )
     assert (facts.l2, facts.count, facts.warp) == (device.l2_bytes, 1, 32)
     assert facts.registers > 0 and facts.static_shared == 0 and facts.dynamic_limit == 49152
     assert facts.max_threads == 1024 or facts.max_threads == 128
@@ -374,7 +381,10 @@ def test_several_devices_can_be_had_and_no_more(library):
 def test_structures_are_laid_out_as_the_real_headers_have_them(tmp_path):
     """Offsets of every field that the runtime fills, from the compiler."""
     lines = []
-    for struct_, cls in (("cudaDeviceProp", runtime._DeviceProp), ("cudaFuncAttributes", runtime._FuncAttributes)):
+    for struct_, cls in (
+        ("cudaDeviceProp", runtime._DeviceProp),
+        ("cudaFuncAttributes", runtime._FuncAttributes),
+    ):
         for name, _ in cls._fields_:
             if name not in ("textures", "reserved"):
                 lines.append(f'printf("{struct_}.{name} %zu\\n", offsetof({struct_}, {name}));')
@@ -392,9 +402,14 @@ def test_structures_are_laid_out_as_the_real_headers_have_them(tmp_path):
     )  # fmt: skip
     include = toolchain.find_tool("nvcc").resolve().parent.parent / "include"
     subprocess.run(["g++", f"-I{include}", str(source), "-o", str(tmp_path / "layout")], check=True)
-    out = subprocess.run([str(tmp_path / "layout")], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [str(tmp_path / "layout")], capture_output=True, text=True, check=True
+    ).stdout
     real = dict(line.rsplit(" ", 1) for line in out.splitlines())
-    for struct_, cls in (("cudaDeviceProp", runtime._DeviceProp), ("cudaFuncAttributes", runtime._FuncAttributes)):
+    for struct_, cls in (
+        ("cudaDeviceProp", runtime._DeviceProp),
+        ("cudaFuncAttributes", runtime._FuncAttributes),
+    ):
         for name, _ in cls._fields_:
             if name not in ("textures", "reserved"):
                 assert getattr(cls, name).offset == int(real[f"{struct_}.{name}"]), name

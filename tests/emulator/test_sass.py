@@ -6,8 +6,6 @@ from the emulator.
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from qlora_kernels.emulator import sass, toolchain
@@ -84,25 +82,6 @@ def ptx() -> str:
     return toolchain.compile_ptx(SOURCE, "sm_80").text
 
 
-def executions(ptx: str, kernel: str, trips) -> dict[int, float]:
-    """Warp executions by line of PTX: ``trips(text)`` says how often the straight-line piece of
-    code ``text`` of the kernel runs."""
-    lines = ptx.splitlines()
-    start = next(i for i, line in enumerate(lines) if re.search(rf"\.entry {kernel}\(", line))
-    body = next(i for i in range(start, len(lines)) if lines[i].startswith("{"))
-    end = next(i for i in range(body, len(lines)) if lines[i].startswith("}"))
-    counts: dict[int, float] = {}
-    piece: list[int] = []
-    for i in range(body + 1, end + 1):
-        if lines[i].startswith(("$", "}")) or (piece and re.search(r"\bbra\b", lines[piece[-1]])):
-            count = trips("\n".join(lines[p] for p in piece))
-            counts.update({p + 1: count for p in piece})
-            piece = []
-        if re.match(r"\s+@?%?\w+[\w.]*\s", lines[i]) and not lines[i].strip().startswith("."):
-            piece.append(i)
-    return counts
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_instruction_is_known_and_every_block_is_reached(ptx, target):
     functions = sass.load(ptx, target)
@@ -143,9 +122,13 @@ def test_loops_and_their_nesting(ptx, target):
     assert [loop.depth for loop in functions["tree"].loops] == [0]
     assert max(loop.depth for loop in functions["nested"].loops) == 1
     deep = [loop for loop in functions["nested"].loops if loop.depth == 1]
-    assert all(any(loop.blocks < outer.blocks for outer in functions["nested"].loops) for loop in deep)
+    assert all(
+        any(loop.blocks < outer.blocks for outer in functions["nested"].loops) for loop in deep
+    )
     (loop,) = functions["mma_loop"].innermost()
-    assert any(i.base == "HMMA" for b in loop.blocks for i in functions["mma_loop"].blocks[b].instructions)
+    assert any(
+        i.base == "HMMA" for b in loop.blocks for i in functions["mma_loop"].blocks[b].instructions
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -163,7 +146,7 @@ def test_trips_of_a_tree_reduction_in_shared_memory(ptx, target):
         return 8 if "ret" in text else 64
 
     function = sass.load(ptx, target)["tree"]
-    dynamic = function.dynamic(executions(ptx, "tree", trips), 8)
+    dynamic = function.dynamic(sass.executions_by_hand(ptx, "tree", trips), 8)
     (loop,) = function.loops
     assert dynamic.trips[loop.header] == pytest.approx(64)
     assert dynamic.main_loop == loop
@@ -186,10 +169,12 @@ def test_a_loop_that_ptxas_unrolls_runs_as_often_as_it_was_counted(ptx, target):
     def trips(text):
         return 1000 * 4 if "ld.global" in text else 4
 
-    counts = executions(free, "sum", trips)
+    counts = sass.executions_by_hand(free, "sum", trips)
     dynamic = function.dynamic(counts, 4)
     opcodes = dynamic.opcodes()
-    assert sum(c for o, c in opcodes.items() if o.startswith("LDG")) == pytest.approx(4000, rel=1e-3)
+    assert sum(c for o, c in opcodes.items() if o.startswith("LDG")) == pytest.approx(
+        4000, rel=1e-3
+    )
     assert opcodes["FADD"] == pytest.approx(4000, rel=1e-3)
     (loop,) = function.loops
     # All but a remainder of at most three are done four at a time.
@@ -207,7 +192,7 @@ def test_nested_loops(ptx):
         return 10 if "st.global" in text or "ld.global" in text else 1
 
     function = sass.load(ptx, "sm_80")["nested"]
-    dynamic = function.dynamic(executions(ptx, "nested", trips), 1)
+    dynamic = function.dynamic(sass.executions_by_hand(ptx, "nested", trips), 1)
     inner = [loop for loop in function.innermost()]
     assert sum(dynamic.total(loop.blocks) for loop in inner) > 0.5 * dynamic.total()
     stores = sum(c for o, c in dynamic.opcodes().items() if o.startswith("STG"))
@@ -224,7 +209,7 @@ def test_matrix_instructions_their_shape_and_operations(ptx, target):
     (hmma,) = (i for i in function.instructions if i.base == "HMMA")
     assert hmma.tensor_shape == (16, 8, 16) and hmma.tensor_flops == 2 * 16 * 8 * 16
     assert sass.tensor_kind(hmma) == "bf16"
-    dynamic = function.dynamic(executions(ptx, "mma_loop", trips), 1)
+    dynamic = function.dynamic(sass.executions_by_hand(ptx, "mma_loop", trips), 1)
     assert dynamic.tensor_flops() == {"bf16": pytest.approx(100 * 4096)}
     # One lane's SASS for each trip: 6 loads, one mma, addresses and the loop.
     per_trip = dynamic.per_item(100 * 32, dynamic.main_loop.blocks)
@@ -248,7 +233,7 @@ def test_a_subroutine_runs_as_often_as_it_is_called(ptx, target):
     def trips(text):
         return 50 if "div.rn" in text else 1
 
-    dynamic = function.dynamic(executions(ptx, "divides", trips), 1)
+    dynamic = function.dynamic(sass.executions_by_hand(ptx, "divides", trips), 1)
     xu = sum(c for o, c in dynamic.opcodes().items() if o.startswith("MUFU.RCP"))
     assert 50 <= xu <= 101
     calls = [b for b in function.blocks if b.calls]
@@ -267,7 +252,7 @@ def test_only_the_side_that_was_counted_runs(ptx, taken):
         return 6.0
 
     function = sass.load(ptx, "sm_80")["either"]
-    dynamic = function.dynamic(executions(ptx, "either", trips), 6)
+    dynamic = function.dynamic(sass.executions_by_hand(ptx, "either", trips), 6)
     opcodes = dynamic.opcodes()
     shuffles = sum(c for o, c in opcodes.items() if o.startswith("SHFL"))
     barriers = sum(c for o, c in opcodes.items() if o.startswith("BAR"))

@@ -78,18 +78,14 @@ def test_tools_are_looked_for_in_cuda_home_then_wheels_then_path(tmp_path, monke
     path = fake(tmp_path / "path")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
-    monkeypatch.setattr(
-        toolchain, "_wheel_roots", lambda: [tmp_path / "site" / "nvidia" / "cu13"]
-    )
+    monkeypatch.setattr(toolchain, "_wheel_roots", lambda: [tmp_path / "site" / "nvidia" / "cu13"])
     for expected in (home, wheel, path):
         assert toolchain.find_tool("cuobjdump") == expected
         expected.unlink()
 
 
 @pytest.mark.parametrize(("part", "wheel"), toolchain._NVCC_PARTS)
-def test_an_nvcc_without_its_other_wheels_names_the_missing_one(
-    tmp_path, monkeypatch, part, wheel
-):
+def test_an_nvcc_without_its_other_wheels_names_the_missing_one(tmp_path, monkeypatch, part, wheel):
     root = tmp_path / "nvidia" / "cu13"
     for needed, _ in toolchain._NVCC_PARTS:
         (root / needed).parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +171,9 @@ def test_resource_usage_is_what_the_kernel_declares_on_every_target(target):
     assert used["_Z6stagedPf"].shared == 1200
     assert used["_Z5saxpyPKfPffi"].shared == 0
     assert used["_Z6stagedPf"].barriers == 1
-    assert all(4 <= u.registers <= 32 and u.spill_stores == u.spill_loads == 0 for u in used.values())
+    assert all(
+        4 <= u.registers <= 32 and u.spill_stores == u.spill_loads == 0 for u in used.values()
+    )
 
 
 @needs_tools

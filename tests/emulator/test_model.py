@@ -1,0 +1,297 @@
+"""The device table, occupancy, and the cost model: derived by hand, and against NVIDIA's own header."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+
+import pytest
+
+from qlora_kernels.emulator import model, sass, toolchain
+from qlora_kernels.emulator.devices import DEVICES, get_device, occupancy, with_figures
+from qlora_kernels.emulator.model import Work, wave_bytes
+
+MISSING = toolchain.available()
+needs_tools = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+# -- devices -------------------------------------------------------------------------------------
+
+
+def test_every_figure_of_every_device_is_there_with_its_source():
+    wanted = {
+        "a100-40", "a100-80", "rtx3090", "rtx4090", "l4", "l40s", "a10", "t4", "h100", "h100-pcie",
+        "h200", "b200", "rtx5090", "gh200",
+    }  # fmt: skip
+    assert wanted <= set(DEVICES)
+    for device in DEVICES.values():
+        assert {"figures", "l2", "dram"} <= set(device.sources), device.key
+        assert device.sms > 0 and 1e9 < device.clock < 3e9
+        assert 0.75 * device.dram_bandwidth <= device.dram_read <= device.dram_bandwidth
+        assert device.l2_bandwidth > device.dram_read
+        assert device.l2_latency < device.dram_latency < 1500
+        assert 0.2 < device.mma_sync <= 1
+        assert device.sm.shared_optin + device.sm.shared_reserved <= device.sm.shared
+
+
+@pytest.mark.parametrize(
+    ("key", "tflops", "fp32"),  # dense fp16 or bf16 and fp32, TFLOP/s, of the data sheets
+    [
+        ("a100-80", 312, 19.5), ("h200", 989, None), ("h100", 989, None), ("h100-pcie", 756, 51.2),
+        ("rtx4090", 165.2, 82.6), ("rtx3090", 71, 35.6), ("l4", 121, 30.3), ("l40s", 366, 91.6),
+        ("a10", 125, 31.2), ("t4", 65, 8.1), ("rtx5090", 209.5, 104.8), ("b200", 2250, None),
+    ],
+)  # fmt: skip
+def test_rates_are_those_of_the_data_sheets(key, tflops, fp32):
+    device = get_device(key)
+    assert device.tensor["fp16"] / 1e12 == pytest.approx(tflops, rel=0.01)
+    if fp32:
+        assert device.fp32_flops / 1e12 == pytest.approx(fp32, rel=0.01)
+
+
+def test_issue_slots_for_eight_weights():
+    """32 lanes × slots/s over groups of 8 weights/s: the figures that the kernels are judged by."""
+    for key, slots in (("a100-80", 39), ("rtx4090", 169)):
+        assert get_device(key).slots_per_8_weights() == pytest.approx(slots, rel=0.02)
+    device = get_device("h100")
+    by_hand = 32 * 132 * 1.83e9 * 4 / (3352e9 / 4.127)
+    assert device.slots_per_8_weights() == pytest.approx(by_hand)
+
+
+def test_names_in_any_spelling_and_the_nearest_for_unknown_ones():
+    for spelling in ("h100", "H100", "h100-sxm", "H100 SXM5 80GB"):
+        assert get_device(spelling).key == "h100"
+    assert get_device("A100").key == "a100-80" and get_device("RTX 4090").key == "rtx4090"
+    assert get_device(get_device("l4")).key == "l4"
+    with pytest.raises(ValueError, match="did you mean h200"):
+        get_device("h20")
+    with pytest.raises(ValueError, match="Known: t4, a10"):
+        get_device("voodoo")
+
+
+# -- occupancy -----------------------------------------------------------------------------------
+
+
+def test_occupancy_by_hand():
+    # 256 threads of 64 registers: 8 warps of 2,048 registers; 8 fit each quarter of 16,384.
+    fit = occupancy("h100", 256, 64)
+    assert (fit.blocks, fit.limiter, fit.share) == (4, "registers", 0.5)
+    # 48 KiB and the system's one, of 228.
+    assert occupancy("h100", 128, 32, 49152).blocks == 4
+    assert occupancy("h100", 128, 32, 49152).limiter == "shared"
+    assert occupancy("rtx4090", 32, 16).limiter == "blocks"
+    assert occupancy("a100", 1024, 65).blocks == 0
+    assert occupancy("a100", 128, 32, 166912).blocks == 1
+    assert occupancy("a100", 128, 32, 166913).blocks == 0
+    with pytest.raises(ValueError, match="at least one"):
+        occupancy("a100", 0, 32)
+
+
+@needs_tools
+def test_occupancy_is_that_of_cuda_occupancy_h(tmp_path):
+    """NVIDIA's calculator, compiled, on 4,000 random launches of every capability."""
+    draw = random.Random(5)
+    keys = ["t4", "a100-80", "a6000", "rtx4090", "h100", "b200", "rtx5090"]
+    cases = []
+    for _ in range(4000):
+        key = draw.choice(keys)
+        threads = draw.choice(
+            [1, 31, 32, 33, 64, 96, 128, 200, 256, 384, 512, 640, 768, 1000, 1024]
+        )
+        registers = draw.randint(1, 255)
+        shared = draw.choice([0, 1, 1024, draw.randint(0, get_device(key).sm.shared_optin + 64)])
+        cases.append((key, threads, registers, shared, draw.choice([0, 1, 2, 16])))
+    lines = []
+    for key, threads, registers, shared, barriers in cases:
+        d, sm = get_device(key), get_device(key).sm
+        lines.append(
+            f"run({d.capability[0]}, {d.capability[1]}, {sm.threads}, {sm.shared}, {sm.shared_optin}, "
+            f"{sm.shared_reserved}, {threads}, {registers}, {shared}, {barriers});"
+        )
+    body = "\n".join(lines)
+    source = tmp_path / "occ.cpp"
+    source.write_text(
+        r"""
+        #include <cstdio>
+        #include <cstring>
+        #include <climits>
+        #include <cuda_occupancy.h>
+        static void run(int major, int minor, int threads_sm, int shared_sm, int optin, int reserved,
+                        int threads, int registers, int shared, int barriers) {
+          cudaOccDeviceProp p;
+          p.computeMajor = major; p.computeMinor = minor; p.maxThreadsPerBlock = 1024;
+          p.maxThreadsPerMultiprocessor = threads_sm; p.regsPerBlock = p.regsPerMultiprocessor = 65536;
+          p.warpSize = 32; p.sharedMemPerBlock = 49152; p.sharedMemPerMultiprocessor = shared_sm;
+          p.numSms = 1; p.sharedMemPerBlockOptin = optin; p.reservedSharedMemPerBlock = reserved;
+          cudaOccFuncAttributes f;
+          f.maxThreadsPerBlock = 1024; f.numRegs = registers; f.sharedSizeBytes = 0;
+          f.partitionedGCConfig = PARTITIONED_GC_OFF; f.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+          f.maxDynamicSharedSizeBytes = optin; f.numBlockBarriers = barriers;
+          cudaOccDeviceState s; s.cacheConfig = CACHE_PREFER_NONE; s.carveoutConfig = 100;
+          cudaOccResult r; memset(&r, 0, sizeof r);
+          cudaOccError e = cudaOccMaxActiveBlocksPerMultiprocessor(&r, &p, &f, &s, threads, shared);
+          printf("%d\n", e == CUDA_OCC_SUCCESS ? r.activeBlocksPerMultiprocessor : -1);
+        }
+        int main() {
+        """ + body + "\nreturn 0; }\n"
+    )  # fmt: skip
+    include = toolchain.find_tool("nvcc").resolve().parent.parent / "include"
+    command = ["g++", "-O0", "-w", f"-I{include}", str(source), "-o", str(tmp_path / "occ")]
+    subprocess.run(command, check=True)
+    out = subprocess.run([str(tmp_path / "occ")], capture_output=True, text=True, check=True).stdout
+    theirs = [int(x) for x in out.split()]
+    ours = [occupancy(*case).blocks for case in cases]
+    wrong = [(c, o, t) for c, o, t in zip(cases, ours, theirs, strict=True) if o != t]
+    assert not wrong, wrong[:5]
+    assert 0 in theirs and len(set(theirs)) > 10
+
+
+# -- the model -----------------------------------------------------------------------------------
+
+
+def work(**changes) -> Work:
+    base = {"name": "k", "blocks": 1320, "threads": 256, "registers": 32, "shared": 0}
+    return Work(**{**base, **changes})
+
+
+def test_a_copy_is_bound_by_dram():
+    h100 = get_device("h100")
+    size = 2**30
+    m = model.model(work(dram_read=size, dram_write=size, l2_bytes=2 * size), h100, launch=False)
+    assert m.bottleneck == "DRAM"
+    assert m.kernel == pytest.approx(2 * size / h100.dram_read + h100.dram_latency / h100.clock)
+    assert m.utilisation("DRAM") > 0.99
+    assert "modelled" in str(m) and "bound by DRAM" in str(m)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bottleneck", "seconds"),
+    [
+        # 132 multiprocessors of 1.83 GHz, 10 blocks each.
+        ({"l2_bytes": 1e9}, "L2", 1e9 / 9.0e12),
+        ({"wavefronts": 1e9}, "shared memory", 1e9 / 132 / 1.83e9),
+        ({"pipes": {"uniform": 2e9, "control": 2e9}}, "issue slots", 4e9 / 132 / 4 / 1.83e9),
+        ({"pipes": {"alu": 1e9}}, "issue slots (alu)", 1e9 / 132 / 2 / 1.83e9),
+        ({"pipes": {"xu": 1e9}}, "issue slots (xu)", 1e9 / 132 / 0.5 / 1.83e9),
+        ({"tensor": {"bf16": 1e12}}, "tensor cores", 1e12 / (989.4e12 * 0.629)),
+        ({"tensor_async": {"bf16": 1e12}}, "tensor cores", 1e12 / 989.4e12),
+        ({"cycles": 1e6}, "latency", 2 * 1e6 / 1.83e9),  # 8 resident: 10 take two rounds
+    ],
+)
+def test_each_resource_alone_is_the_bottleneck_that_is_named(changes, bottleneck, seconds):
+    m = model.model(work(**changes), "h100", launch=False)
+    assert m.bottleneck == bottleneck
+    assert m.terms[bottleneck] == pytest.approx(seconds, rel=1e-3)
+    ramp = 0 if bottleneck == "latency" else m.ramp
+    assert m.kernel == pytest.approx(seconds + ramp, rel=1e-3)
+
+
+def test_the_multiprocessor_with_the_most_blocks_decides():
+    """133 blocks on 132 multiprocessors take as long as 264, for what is a multiprocessor's."""
+    one = model.model(work(blocks=132, pipes={"fma": 1e6 * 132}), "h100")
+    more = model.model(work(blocks=133, pipes={"fma": 1e6 * 133}), "h100")
+    full = model.model(work(blocks=264, pipes={"fma": 1e6 * 264}), "h100")
+    assert more.terms["issue slots"] == pytest.approx(2 * one.terms["issue slots"])
+    assert more.terms["issue slots"] == pytest.approx(full.terms["issue slots"])
+    assert more.balance == pytest.approx(133 / 264)
+    few = model.model(work(blocks=1, dram_read=1e6, l2_bytes=1e6), "h100")
+    # One multiprocessor cannot draw all of L2's bandwidth.
+    assert few.bottleneck == "L2 port"
+
+
+def test_launch_ramp_and_waves():
+    m = model.model(work(blocks=132 * 8 * 3, cycles=1000.0), "h100")
+    assert m.waves == pytest.approx(3)
+    assert m.launch == get_device("h100").launch
+    assert m.time == pytest.approx(m.kernel + m.launch)
+    assert m.terms["latency"] == pytest.approx(3000 / 1.83e9)
+    half = model.model(work(cycles=1000.0), "h100", launch=0.5)
+    assert half.launch == pytest.approx(m.launch / 2)
+
+
+def test_work_scales_with_blocks():
+    once = work(blocks=4, pipes={"fma": 8.0}, dram_read=40.0, tensor={"bf16": 4.0}, cycles=9.0)
+    many = once.scaled(400, dram_write=7.0)
+    assert many.pipes == {"fma": 800.0} and many.dram_read == 4000.0 and many.dram_write == 7.0
+    assert many.tensor == {"bf16": 400.0} and many.cycles == 9.0 and many.blocks == 400
+
+
+def test_a_launch_that_does_not_fit_and_a_type_that_is_not_there():
+    with pytest.raises(ValueError, match="does not fit a multiprocessor of RTX A6000.*shared"):
+        model.model(work(shared=110000), "a6000")
+    with pytest.raises(ValueError, match="no tensor rate for fp8"):
+        model.model(work(tensor={"fp8": 1.0}), "a100")
+
+
+def test_fp16_accumulation_is_twice_as_fast_where_it_is():
+    for key, ratio in (("rtx4090", 2), ("rtx3090", 2), ("a100", 1), ("h100", 1), ("l40s", 1)):
+        slow = model.model(work(tensor={"fp16": 1e12}), key).terms["tensor cores"]
+        fast = model.model(work(tensor={"fp16_acc16": 1e12}), key).terms["tensor cores"]
+        assert slow / fast == pytest.approx(ratio)
+
+
+def test_a_faster_memory_makes_a_copy_faster():
+    h100 = get_device("h100")
+    twice = with_figures(h100, dram_read=2 * h100.dram_read)
+    copy = work(dram_read=1e9, l2_bytes=1e9)
+    assert model.model(copy, h100).terms["DRAM"] == 2 * model.model(copy, twice).terms["DRAM"]
+
+
+# -- traffic of DRAM -----------------------------------------------------------------------------
+
+
+def test_bytes_of_a_copy_are_each_blocks_own():
+    assert wave_bytes(100, (1, 1, 1), (50, 4, 2), 16) == 100 * 400
+
+
+def test_bytes_of_a_matrix_product_are_its_tiles_by_waves():
+    """A's tile depends on the row of blocks alone, B's on the column. 64 × 64 blocks, 128 at a
+    time: two rows of blocks, so A once, and all of B for every two rows."""
+    assert wave_bytes(1000, (0, 1, 0), (64, 64, 1), 128) == 64 * 1000
+    assert wave_bytes(1000, (1, 0, 0), (64, 64, 1), 128) == 32 * 64 * 1000
+    # Half a row at a time: A's tile twice, B still a tile for each block.
+    assert wave_bytes(1000, (0, 1, 0), (64, 64, 1), 32) == 2 * 64 * 1000
+    assert wave_bytes(1000, (1, 0, 0), (64, 64, 1), 32) == 64 * 64 * 1000
+    # If B fits in the cache, it is fetched once.
+    assert wave_bytes(1000, (1, 0, 0), (64, 64, 1), 32, cache=64000) == 64000
+
+
+def test_bytes_of_a_stencil_overlap_in_part():
+    assert wave_bytes(110, (10 / 11, 0, 0), (1000, 1, 1), 1000) == pytest.approx(110 + 999 * 100)
+
+
+# -- one warp's path -----------------------------------------------------------------------------
+
+
+@needs_tools
+def test_a_chain_of_fmas_takes_its_latency_and_a_chase_that_of_memory():
+    source = r"""
+    extern "C" __global__ void chain(float* y, int n) {
+      float s = y[threadIdx.x], t = s;
+    #pragma unroll 1
+      for (int i = 0; i < n; ++i) {
+    #pragma unroll
+        for (int j = 0; j < 64; ++j) s = s * t + 1.0f;
+      }
+      y[threadIdx.x] = s;
+    }
+    extern "C" __global__ void chase(const long long* next, long long* out, int n) {
+      const long long* p = next;
+    #pragma unroll 1
+      for (int i = 0; i < n; ++i) p = (const long long*)*p;
+      *out = (long long)p;
+    }
+    """
+    ptx = toolchain.compile_ptx(source, "sm_80").text.replace('.pragma "nounroll";', "")
+
+    def counts(kernel, inside):
+        return sass.executions_by_hand(ptx, kernel, lambda text: 1000.0 if inside in text else 1.0)
+
+    functions = sass.load(ptx, "sm_80")
+    chain = functions["chain"].dynamic(counts("chain", "fma.rn"), 1)
+    chase = functions["chase"].dynamic(counts("chase", "ld.u64"), 1)
+    for latency in (200.0, 600.0):
+        cycles = model.warp_cycles(chain, "a100", global_latency=latency)
+        assert cycles == pytest.approx(1000 * 64 * 4 + latency, rel=0.06)
+        cycles = model.warp_cycles(chase, "a100", global_latency=latency)
+        assert cycles == pytest.approx(1000 * latency, rel=0.05)
