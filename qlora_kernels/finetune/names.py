@@ -30,7 +30,6 @@ class Options:
         None, "JSONL or Parquet file, folder, hub id (owner/name:split) or python-docs (required)"
     )
     model_revision: str | None = _opt(None, "revision of a hub model")
-    cache_dir: str | None = _opt(None, "where hub files are kept")
     dtype: str = _opt(
         "auto", "of what is not quantized: auto (bf16 where the hardware has it), float32, ..."
     )
@@ -137,7 +136,7 @@ REFUSED: dict[str, str] = {
     "pad_to_multiple_of": "a batch is padded to its longest sample",
     "padding_free": "use packing: packed rows hold no padding and do not see each other",
     "packing_strategy": "rows are packed by best fit, and no sample is split",
-    "eval_packing": "held-out samples are packed as the training set is",
+    "eval_packing": "held-out samples are never packed, so that their loss is that of samples",
     "eos_token": "the tokenizer's and its chat template's own end token is trained",
     "pad_token": "padding is masked whatever its token is",
     "activation_offloading": "use activation_checkpointing",
@@ -349,6 +348,7 @@ TRANSLATED: dict[str, Translation] = {
         lambda v: {"optim": "adamw_bnb_8bit"} if to_bool(v) else {}, "is optim: adamw_bnb_8bit"
     ),
     "full_finetune": Translation(_full_finetune, "false is how it always is here"),
+    "cache_dir": _meaningless("set HF_HOME, which all tools that read the hub's cache obey"),
     "use_auth_token": _meaningless("log in once with `hf auth login`, or set HF_TOKEN"),
     "do_mmlu_eval": Translation(_mmlu, "false is how it always is here"),
     **{
@@ -361,7 +361,7 @@ TRANSLATED: dict[str, Translation] = {
 # Names that no result depends on: a run may be resumed with others.
 FREE = frozenset(
     """
-    output_dir overwrite force max_memory_mb cache_dir resume_from_checkpoint hub_token
+    output_dir overwrite force max_memory_mb resume_from_checkpoint hub_token
     model_name_or_path model_revision dataset_name eval_dataset dataset_format dataset_columns
     logging_strategy logging_steps logging_first_step log_level log_level_replica log_on_each_node
     logging_nan_inf_filter disable_tqdm report_to run_name project trackio_space_id

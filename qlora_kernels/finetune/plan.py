@@ -338,12 +338,11 @@ def _with_layers(config: Any, count: int) -> Any:
     return config
 
 
-# Buffers inside the kernels that no trace sees: a tile of logits with its panel of words (see
-# loss.py), the hidden states that have labels in fp32, and their gradient.
 def _inside_kernels(shape: StepShape, hidden: int) -> int:
-    from .. import loss
-
-    return 2 * loss._STEP_BYTES + 3 * 4 * min(shape.batch * shape.length, loss._MAX_ROWS) * hidden
+    """Buffers that no trace sees, of the fused loss: a tile of logits and a panel of words (a few
+    MB, see qlora_kernels.loss), and for 2048 rows at a time their hidden states in fp32, a copy,
+    and their gradient."""
+    return 8 * 2**20 + 3 * 4 * min(shape.batch * shape.length, 2048) * hidden
 
 
 # --- the plan -----------------------------------------------------------------------------------

@@ -1,0 +1,121 @@
+"""The command ``qlora``.
+
+Each command is a module, imported only when it is called, with ``add_arguments(parser)`` and
+``run(arguments)``; one without ``add_arguments`` gets its words as they are. What is wrong with what the user gave ends in one line and exit
+code 2, a run that could not go on in 1, an interrupted one in 128 and the signal's number; only
+defects have a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+
+# Name: module, what it does, an example.
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "finetune": (
+        "qlora_kernels.finetune.command",
+        "train LoRA adapters on a model in 4 bits",
+        "qlora finetune --model_name_or_path ./SmolLM2 --dataset_name my.jsonl",
+    ),
+    "chat": (
+        "qlora_kernels.chat",
+        "talk with a model and an adapter in the terminal",
+        "qlora chat --adapter qlora-out",
+    ),
+    "demo": (
+        "qlora_kernels.demo",
+        "finetune SmolLM2-135M here and now, beside bitsandbytes",
+        "qlora demo",
+    ),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = "\n".join(
+        f"  {name:<10} {what}\n{'':13}{ex}" for name, (_, what, ex) in COMMANDS.items()
+    )
+    parser = argparse.ArgumentParser(
+        prog="qlora",
+        usage="qlora [--version] <command> ...",
+        description="4-bit finetuning (QLoRA) with hand-written kernels.",
+        epilog=f"commands:\n{lines}\n\n`qlora <command> --help` tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="say the version and stop")
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    # What belongs to the command starts after its name.
+    at = next((i for i, a in enumerate(argv) if not a.startswith("-")), len(argv))
+    own = parser.parse_args(argv[: at + 1])
+    if own.version:
+        from . import __version__
+
+        print(__version__)
+        return 0
+    if own.command is None:
+        parser.print_help()
+        return 0 if not argv else 2
+    if own.command not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(own.command, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"qlora: there is no command {own.command}{hint}", file=sys.stderr)
+        return 2
+    return _run(own.command, argv[at + 1 :])
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    from .finetune.errors import BadInput, Interrupted, RunError
+
+    module_name, what, example = COMMANDS[name]
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "qlora_kernels":
+            raise
+        print(
+            f"qlora {name}: {error.name} is not installed: pip install 'qlora-kernels[finetune]'",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        if not hasattr(module, "add_arguments"):
+            return module.run(list(arguments)) or 0
+        parser = argparse.ArgumentParser(
+            prog=f"qlora {name}",
+            description=f"{what[0].upper()}{what[1:]}.",
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(arguments)) or 0
+    except BadInput as error:
+        print(f"qlora {name}: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        print(f"qlora {name}: {error}", file=sys.stderr)
+        return 128 + error.signal
+    except RunError as error:
+        print(f"qlora {name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # | head
+        return 128 + signal.SIGPIPE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
