@@ -117,14 +117,12 @@ class EpochSampler(Sampler[int]):
     Args:
         data: the rows.
         seed: as given to ``epoch_order``.
-        group_by_length: batches of like lengths (``batch_size`` is needed then).
+        batch_size: group rows of like length into batches of this size; None: random order.
     """
 
-    def __init__(
-        self, data: Samples, seed: int, *, group_by_length: bool = False, batch_size: int = 1
-    ):
-        self.lengths = data.lengths if group_by_length else None
-        self.count, self.seed, self.batch_size = len(data), seed, batch_size
+    def __init__(self, data: Samples, seed: int, batch_size: int | None = None):
+        self.lengths = None if batch_size is None else data.lengths
+        self.count, self.seed, self.batch_size = len(data), seed, batch_size or 1
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

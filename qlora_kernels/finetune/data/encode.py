@@ -136,9 +136,10 @@ class Encoder:
                 "tokens to train cannot be told; give another with chat_template, or train_on: all"
             )
         header = opened[_shared(prompt, opened) :]
-        tail = whole[whole.index(reply["content"]) + len(reply["content"]) :]
-        end = next(self._special_ends(tail), 0)
-        return _Turn(header, tail[:end])
+        before, _, tail = whole.partition(reply["content"])
+        opening = before.rpartition(ask[0]["content"])[2]
+        ends = [0, *self._special_ends(tail)]
+        return _Turn(header, opening, tail, tail[: ends[min(1, len(ends) - 1)]], ends[-1])
 
     def _special_ends(self, text: str) -> Iterator[int]:
         """Where special tokens end in ``text``, as long as only blanks are between them."""
@@ -156,6 +157,14 @@ class Encoder:
         messages = example.messages
         turn = self.turn
         text = self.render(messages, example.where)
+        replies = [m for m in messages if m["role"] == "assistant"]
+        if replies == messages[-1:]:
+            # One reply, at the end: it stands before the template's own end, or it was changed.
+            place = turn.opening + replies[0]["content"] + turn.tail
+            if turn.opening and text.endswith(place):
+                begin = len(text) - len(place) + len(turn.opening)
+                start = begin - (len(turn.opening) - turn.given)
+                return text, [(start, len(text) - len(turn.tail) + turn.last_end)], not turn.end
         marked = self.render(
             [
                 {**m, "content": _MARKER.format(i)} if m["role"] == "assistant" else m
@@ -322,10 +331,19 @@ class Encoder:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A template's turn of the assistant: its generation prompt, and what ends it."""
+    """A template's turn of the assistant."""
 
-    header: str
-    end: str  # up to the first special token, that included; empty if there is none
+    header: str  # its generation prompt
+    opening: str  # all that stands between a question and its reply
+    tail: str  # all that stands behind the last reply
+    end: str  # what of it ends a turn: up to the first special token; empty if there is none
+    last_end: int  # and what ends the conversation: up to the last special token
+
+    @property
+    def given(self) -> int:
+        """How much of the opening the model is given; the rest it has to produce."""
+        at = self.opening.rfind(self.header) if self.header else -1
+        return len(self.opening) if at < 0 else at + len(self.header)
 
 
 def _shared(a: str, b: str) -> int:
