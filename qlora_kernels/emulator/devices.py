@@ -38,7 +38,8 @@ class Sm:
     registers: int = 65536
     partitions: int = 4
     issue: float = 4.0  # warp instructions a clock: one a scheduler [W]
-    shared_bytes_clk: int = 128  # [B] gpu-cache: L1 hits reach it as well
+    shared_bytes_clk: int = 128  # [W]
+    l1_bytes_clk: int = 128  # [B] gpu-cache, hits: A100 126, A40 64.5, L40 63.7
     l1_latency: int = 34  # cycles, load to use, L1 hit [B] gpu-latency
     shared_latency: int = 29  # cycles [H] table 4
     alu_latency: int = 4  # cycles, dependent FFMA, IADD3 [H], and 4.5 for IMAD
@@ -49,21 +50,21 @@ class Sm:
 # multiply-adds of integers; "xu" special functions and conversions; "lsu" the issue of one memory
 # instruction (wavefronts are counted apart); "half" packed fp16 and bf16 arithmetic; "uniform" the
 # scalar datapath; "fp64".
-_RATE_75 = {"fma": 2, "imul": 2, "alu": 2, "half": 2, "xu": 0.5, "lsu": 1, "uniform": 2,
+# An SM has 32 load/store units on GA100, GH100 and GB100, 16 elsewhere [W].
+_RATE_75 = {"fma": 2, "imul": 2, "alu": 2, "half": 2, "xu": 0.5, "lsu": 0.5, "uniform": 2,
             "control": 2, "fp64": 0.0625}  # fmt: skip
-_RATE_80 = {**_RATE_75, "half": 4, "fp64": 1}
+_RATE_80 = {**_RATE_75, "half": 4, "lsu": 1, "fp64": 1}
 _RATE_86 = {**_RATE_75, "fma": 4}
-_RATE_90 = {**_RATE_75, "fma": 4, "half": 4, "fp64": 2}
-_RATE_120 = {**_RATE_86, "alu": 2, "imul": 2}
+_RATE_90 = {**_RATE_75, "fma": 4, "half": 4, "lsu": 1, "fp64": 2}
 
 _SM = {
-    (7, 5): Sm(1024, 16, 65536, 65536, 0, 256, 98304, _RATE_75, shared_bytes_clk=128),
+    (7, 5): Sm(1024, 16, 65536, 65536, 0, 256, 98304, _RATE_75, l1_bytes_clk=64),
     (8, 0): Sm(2048, 32, 167936, 166912, 1024, 128, 196608, _RATE_80),
-    (8, 6): Sm(1536, 16, 102400, 101376, 1024, 128, 131072, _RATE_86),
-    (8, 9): Sm(1536, 24, 102400, 101376, 1024, 128, 131072, _RATE_86),
+    (8, 6): Sm(1536, 16, 102400, 101376, 1024, 128, 131072, _RATE_86, l1_bytes_clk=64),
+    (8, 9): Sm(1536, 24, 102400, 101376, 1024, 128, 131072, _RATE_86, l1_bytes_clk=64),
     (9, 0): Sm(2048, 32, 233472, 232448, 1024, 128, 262144, _RATE_90),
     (10, 0): Sm(2048, 32, 233472, 232448, 1024, 128, 262144, _RATE_90),
-    (12, 0): Sm(1536, 24, 102400, 101376, 1024, 128, 131072, _RATE_120),
+    (12, 0): Sm(1536, 24, 102400, 101376, 1024, 128, 131072, _RATE_86, l1_bytes_clk=64),
 }
 
 
@@ -78,7 +79,8 @@ class Device:
     warp-wide ``mma.sync`` reaches; latencies in cycles; ``launch`` seconds from one kernel's end to
     the next one's start when both are queued in a stream (a graph's nodes follow each other in some
     0.45 of it); ``block_cycles`` the clocks from the start of one block to that of the next, over
-    the whole device.
+    the whole device; ``block_turnaround`` the clocks that a slot of a multiprocessor needs between
+    the end of a block and the first instruction of the next.
     """
 
     key: str
@@ -101,6 +103,10 @@ class Device:
     launch: float = 2.0e-6
     # [B] gpu-small-kernels: the limit of blocks of one warp (1.34, 1.66, 1.86 blocks a nanosecond).
     block_cycles: float = 1.2
+    # [B] gpu-stream, init at 2 blocks of 64 threads a multiprocessor, which do nothing but store:
+    # clocks from one block of a slot to the next (A100 376, A40 377, H100 and H200 453, L40 563)
+    # less the instructions' own.
+    block_turnaround: int = 350
     memory_clock_khz: int = 0
     bus_bits: int = 0
     aliases: tuple[str, ...] = field(default=())
@@ -154,9 +160,8 @@ def _device(key: str, name: str, capability: tuple[int, int], sms: int, mhz: flo
             gbs: float, l2_mb: int, l2_gbs: float, tensor: dict[str, int], sources: dict[str, str],
             read: float | None = None, **more) -> Device:  # fmt: skip
     clock = mhz * 1e6
-    launch, pace = _PACE.get(capability, (2.0e-6, 1.2))
-    more.setdefault("launch", launch)
-    more.setdefault("block_cycles", pace)
+    pace = _PACE.get(capability, (2.0e-6, 1.2, 350))
+    more.update(zip(("launch", "block_cycles", "block_turnaround"), pace, strict=True))
     return Device(
         key=key, name=name, capability=capability, sms=sms, clock=clock, memory=gib * 2**30,
         dram_bandwidth=gbs * GB, dram_read=(gbs * _READ if read is None else read) * GB,
@@ -171,7 +176,10 @@ _ADA = "[W] NVIDIA Ada GPU architecture whitepaper v2"
 _HOPPER = "[W] NVIDIA H100 whitepaper"
 _BLACKWELL = "[W] NVIDIA Blackwell architecture brief and HGX B200 data sheet"
 _GB202 = "[W] NVIDIA RTX Blackwell GPU architecture whitepaper"
-_PACE = {(8, 0): (2.0e-6, 1.05), (8, 9): (1.1e-6, 1.34), (9, 0): (1.9e-6, 1.19)}
+_PACE = {  # launch, block_cycles, block_turnaround
+    (8, 0): (2.0e-6, 1.05, 332), (8, 6): (2.0e-6, 1.2, 332), (8, 9): (1.1e-6, 1.34, 518),
+    (9, 0): (1.9e-6, 1.19, 382), (12, 0): (1.1e-6, 1.34, 518),
+}  # fmt: skip
 _MMA_SYNC_90 = "[H]: mma.sync reaches 62.9% of the peak that wgmma does"
 
 _TABLE = [

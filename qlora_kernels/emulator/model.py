@@ -37,6 +37,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from . import sass, toolchain
 from .devices import Device, Occupancy, get_device, occupancy
 from .sass import Dynamic, Instruction, Loop, tensor_kind
@@ -59,7 +61,8 @@ class Work:
 
     ``pipes`` are warp instructions of SASS by pipe; ``dram_read``, ``dram_write`` and ``l2_bytes``
     bytes (the latter both ways between multiprocessors and L2); ``wavefronts`` passes through the
-    128-byte data path of shared memory and L1; ``tensor`` operations by type of warp-wide matrix
+    data path of shared memory, ``l1_cycles`` clocks that global accesses take L1 (on the modelled
+    device, see ``l1_cycles_of``); ``tensor`` operations by type of warp-wide matrix
     instructions, ``tensor_async`` of wgmma's and tcgen05's; ``cycles`` one warp's path on the
     modelled device, if it is known. ``blocks``, ``threads``, ``registers`` and ``shared`` (bytes a
     block, static and dynamic) are the launch's.
@@ -75,6 +78,7 @@ class Work:
     dram_write: float = 0.0
     l2_bytes: float = 0.0
     wavefronts: float = 0.0
+    l1_cycles: float = 0.0
     tensor: dict[str, float] = field(default_factory=dict)
     tensor_async: dict[str, float] = field(default_factory=dict)
     cycles: float = 0.0
@@ -86,7 +90,7 @@ class Work:
         out = Work(
             self.name, blocks, self.threads, self.registers, self.shared,
             {p: c * k for p, c in self.pipes.items()}, self.dram_read * k, self.dram_write * k,
-            self.l2_bytes * k, self.wavefronts * k, {t: c * k for t, c in self.tensor.items()},
+            self.l2_bytes * k, self.wavefronts * k, self.l1_cycles * k, {t: c * k for t, c in self.tensor.items()},
             {t: c * k for t, c in self.tensor_async.items()}, self.cycles, self.barriers,
         )  # fmt: skip
         for name, value in changes.items():
@@ -159,7 +163,7 @@ def model(work: Work, device: str | Device, *, launch: bool | float = True) -> M
         "L2": work.l2_bytes / device.l2_bandwidth,
         # 64 bytes a clock between a multiprocessor and L2 [arXiv:2402.13499, and A100 whitepaper].
         "L2 port": work.l2_bytes * share / (64 * clock),
-        "shared memory": work.wavefronts * share / clock,
+        "shared memory and L1": (work.wavefronts + work.l1_cycles) * share / clock,  # one data path
         "issue slots": sum(work.pipes.values()) * share / (sm.issue * clock),
         "block launch": work.blocks * device.block_cycles / clock,
     }
@@ -173,7 +177,8 @@ def model(work: Work, device: str | Device, *, launch: bool | float = True) -> M
         tensor += flops / _tensor_rate(device, kind)
     terms["tensor cores"] = tensor * share * device.sms
     rounds = math.ceil(busiest / resident)
-    terms["latency"] = rounds * work.cycles / clock
+    turnaround = device.block_turnaround * (rounds - 1)
+    terms["latency"] = (rounds * work.cycles + turnaround) / clock
     # The first access comes back after a latency during which nothing streams; the last store is
     # not waited for, but the last load's is, by its block.
     ramp = device.dram_latency / clock
@@ -397,6 +402,7 @@ def work_of(
     dram_write: float,
     l2_bytes: float,
     wavefronts: float,
+    l1_cycles: float,
     emulated: int | None = None,
     l1_hits: float = 0.0,
 ) -> Work:
@@ -422,7 +428,7 @@ def work_of(
     return Work(
         name, blocks, threads, registers, shared,
         {p: float(c) * scale for p, c in dynamic.pipes().items()}, dram_read, dram_write, l2_bytes,
-        wavefronts, warp_wide, asynchronous,
+        wavefronts, l1_cycles, warp_wide, asynchronous,
         warp_cycles(dynamic, device, global_latency=latency),
     )  # fmt: skip
 
@@ -432,18 +438,19 @@ def _rows(counts: Any) -> dict[str, Any]:
     return {name: table[name] for name in table.dtype.names}
 
 
-def wavefronts_of(counts: Any) -> float:
-    """Passes through the data path of shared memory and L1 that a launch's counts make.
+def l1_cycles_of(counts: Any, device: str | Device) -> float:
+    """Clocks for which a launch's global accesses occupy the L1s of a device, added up.
 
-    Shared memory's are counted by the emulator. A global request takes one for each 128 bytes of
-    sectors; if it moves more than twice the sectors that it needs, its lanes lie in lines of their
-    own, and each sector takes one.
+    A request looks up one line of 128 bytes a clock, and moves ``l1_bytes_clk`` bytes a clock: it
+    takes the longer. How many lines it touches is read off its sectors: four to a line, unless it
+    moves more than twice the sectors that its bytes need; then its lanes lie in lines of their own.
     """
     rows = _rows(counts)
-    scattered = rows["sectors"] > 2 * rows["sectors_ideal"]
-    lines = rows["sectors"] / 4.0
-    lines[scattered] = rows["sectors"][scattered]
-    return float(rows["wavefronts"].sum() + lines.sum())
+    sectors = rows["sectors"].astype(float)
+    scattered = sectors > 2.0 * rows["sectors_ideal"]
+    tags = np.where(scattered, sectors, sectors / 4.0)
+    data = sectors * 32.0 / get_device(device).sm.l1_bytes_clk
+    return float(np.maximum(tags, data).sum())
 
 
 def profile(
@@ -528,7 +535,8 @@ def profile(
         shared=shared, dram_read=read if dram_read is None else dram_read,
         dram_write=write if dram_write is None else dram_write,
         l2_bytes=32.0 * (distinct + written) * blocks,
-        wavefronts=wavefronts_of(single) * blocks, emulated=1, l1_hits=hits,
+        wavefronts=float(_rows(single)["wavefronts"].sum()) * blocks, l1_cycles=l1_cycles_of(single, device) * blocks,
+        emulated=1, l1_hits=hits,
     )  # fmt: skip
     work.barriers = use.barriers
     return work, dynamic

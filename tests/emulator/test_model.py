@@ -169,13 +169,14 @@ def test_a_copy_is_bound_by_dram():
     [
         # 132 multiprocessors of 1.83 GHz, 10 blocks each.
         ({"l2_bytes": 1e9}, "L2", 1e9 / 9.0e12),
-        ({"wavefronts": 1e9}, "shared memory", 1e9 / 132 / 1.83e9),
+        ({"wavefronts": 6e8, "l1_cycles": 4e8}, "shared memory and L1", 1e9 / 132 / 1.83e9),
         ({"pipes": {"uniform": 2e9, "control": 2e9}}, "issue slots", 4e9 / 132 / 4 / 1.83e9),
         ({"pipes": {"alu": 1e9}}, "issue slots (alu)", 1e9 / 132 / 2 / 1.83e9),
         ({"pipes": {"xu": 1e9}}, "issue slots (xu)", 1e9 / 132 / 0.5 / 1.83e9),
         ({"tensor": {"bf16": 1e12}}, "tensor cores", 1e12 / (989.4e12 * 0.629)),
         ({"tensor_async": {"bf16": 1e12}}, "tensor cores", 1e12 / 989.4e12),
-        ({"cycles": 1e6}, "latency", 2 * 1e6 / 1.83e9),  # 8 resident: 10 take two rounds
+        # 8 blocks are resident: 10 take two rounds, with a turnaround between.
+        ({"cycles": 1e6}, "latency", (2 * 1e6 + 382) / 1.83e9),
     ],
 )
 def test_each_resource_alone_is_the_bottleneck_that_is_named(changes, bottleneck, seconds):
@@ -204,7 +205,7 @@ def test_launch_ramp_and_waves():
     assert m.waves == pytest.approx(3)
     assert m.launch == get_device("h100").launch
     assert m.time == pytest.approx(m.kernel + m.launch)
-    assert m.terms["latency"] == pytest.approx(3000 / 1.83e9)
+    assert m.terms["latency"] == pytest.approx((3000 + 2 * 382) / 1.83e9)
     half = model.model(work(cycles=1000.0), "h100", launch=0.5)
     assert half.launch == pytest.approx(m.launch / 2)
 
