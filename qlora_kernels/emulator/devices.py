@@ -1,10 +1,11 @@
+# ruff: noqa: E501 -- a device of the table is a few long lines
 """Public figures of GPUs, with their sources, and the occupancy that follows from them.
 
 Every number is per device at its boost clock unless its name says otherwise, and every source is
 named: ``[W]`` the architecture's whitepaper or the product's data sheet, ``[G]`` the CUDA C++
 programming guide (compute capabilities; throughput of native arithmetic instructions), ``[O]``
-``cuda_occupancy.h`` of the CUDA toolkit, ``[B]`` the recorded results in github.com/te42kyfo/gpu-benches
-(MIT), ``[H]`` arXiv:2402.13499, "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture".
+``cuda_occupancy.h`` of the CUDA toolkit, ``[B]`` the results recorded in
+github.com/te42kyfo/gpu-benches, ``[H]`` arXiv:2402.13499, "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture".
 
 Where no measurement is public for a device, the value of its nearest relative is scaled by what
 the data sheets say, and the source says ``from`` whom.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field, replace
 from math import inf
+from typing import Any
 
 __all__ = ["DEVICES", "Device", "Occupancy", "Sm", "get_device", "occupancy"]
 
@@ -158,7 +160,7 @@ _READ = 0.92  # of the data sheet, where nobody's measurement of the device is a
 
 def _device(key: str, name: str, capability: tuple[int, int], sms: int, mhz: float, gib: int,
             gbs: float, l2_mb: int, l2_gbs: float, tensor: dict[str, int], sources: dict[str, str],
-            read: float | None = None, **more) -> Device:  # fmt: skip
+            read: float | None = None, **more: Any) -> Device:  # fmt: skip
     clock = mhz * 1e6
     pace = _PACE.get(capability, (2.0e-6, 1.2, 350))
     more.update(zip(("launch", "block_cycles", "block_turnaround"), pace, strict=True))
@@ -314,7 +316,7 @@ def get_device(name: str | Device) -> Device:
     return DEVICES[key]
 
 
-def with_figures(device: str | Device, **changes) -> Device:
+def with_figures(device: str | Device, **changes: Any) -> Device:
     """A device with some figures replaced: what if it had more bandwidth, a lower clock?"""
     return replace(get_device(device), **changes)
 

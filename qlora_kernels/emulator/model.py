@@ -1,4 +1,4 @@
-"""A modelled time for a kernel, from what it was counted to do and what a device is said to be able to.
+"""A modelled time for a kernel, from what it was counted to do and what a device is said to do.
 
 Nothing here is measured, and every figure that comes out is labelled *modelled*. The time is
 
@@ -7,11 +7,11 @@ Nothing here is measured, and every figure that comes out is labelled *modelled*
 ``throughput`` is the largest of the times that each resource would need if it alone had to do its
 work: DRAM and L2 over the whole device; the L2 port, shared memory and L1, issue slots, each
 arithmetic pipe and the tensor cores of the multiprocessor that gets the most blocks; the start of
-one block after another. ``latency`` is
-what a multiprocessor needs if nothing ever queues: one warp's path from start to end, each
-instruction waiting for its operands, times the rounds in which the resident blocks take turns. It
-decides when there is too little parallelism to keep anything busy. ``ramp`` is the first access to
-DRAM and the last. The largest term is named as the bottleneck.
+one block after another. ``latency`` is what a multiprocessor needs if nothing ever queues: one
+warp's path from start to end, each instruction waiting for its operands, times the rounds in which
+the resident blocks take turns, and what lies between a block and its successor. It decides when
+there is too little parallelism to keep anything busy. ``ramp`` is the first access to DRAM. The
+largest term is named as the bottleneck.
 
 No constant is fitted to the measurements that ``benchmarks/emulator_model.py`` compares with: they
 are the device table's, and the latencies below with their sources. Known to be wrong:
@@ -90,7 +90,8 @@ class Work:
         out = Work(
             self.name, blocks, self.threads, self.registers, self.shared,
             {p: c * k for p, c in self.pipes.items()}, self.dram_read * k, self.dram_write * k,
-            self.l2_bytes * k, self.wavefronts * k, self.l1_cycles * k, {t: c * k for t, c in self.tensor.items()},
+            self.l2_bytes * k, self.wavefronts * k, self.l1_cycles * k,
+            {t: c * k for t, c in self.tensor.items()},
             {t: c * k for t, c in self.tensor_async.items()}, self.cycles, self.barriers,
         )  # fmt: skip
         for name, value in changes.items():
@@ -129,9 +130,11 @@ class Modelled:
 
     def __str__(self) -> str:
         rows = [
-            f"{self.name} on {self.device}: modelled {self.time * 1e6:.2f} µs, bound by {self.bottleneck}",
-            f"  occupancy {self.occupancy.share:.0%} ({self.occupancy.blocks} blocks a multiprocessor, "
-            f"limited by {self.occupancy.limiter}), {self.waves:.2f} waves, balance {self.balance:.0%}",
+            f"{self.name} on {self.device}: modelled {self.time * 1e6:.2f} µs, bound by "
+            f"{self.bottleneck}",
+            f"  occupancy {self.occupancy.share:.0%} ({self.occupancy.blocks} blocks a "
+            f"multiprocessor, limited by {self.occupancy.limiter}), {self.waves:.2f} waves, "
+            f"balance {self.balance:.0%}",
             f"  launch {self.launch * 1e6:.2f} µs, ramp {self.ramp * 1e6:.2f} µs",
         ]
         for name, seconds in sorted(self.terms.items(), key=lambda t: -t[1]):
@@ -409,8 +412,8 @@ def work_of(
     """Put a launch's work together: SASS from ``dynamic`` (of ``emulated`` blocks, all by default),
     scaled to ``blocks``; bytes and wavefronts as the caller has them for all ``blocks``.
 
-    ``l1_hits`` is the share of loads served by L1; of the rest, those that DRAM serves are the share
-    of L2's bytes that came from there.
+    ``l1_hits`` is the share of loads served by L1; of the rest, those that DRAM serves are the
+    share of L2's bytes that came from there.
     """
     device = get_device(device)
     scale = blocks / (emulated or blocks)
@@ -482,7 +485,9 @@ def profile(
     shape = tuple(grid) if isinstance(grid, Sequence) else (int(grid),)
     full = (*shape, 1, 1)[:3]
     if emulator is None:
-        from . import emulate as emulator
+        from . import emulate
+
+        emulator = emulate
 
     def run(size: tuple[int, int, int]) -> Any:
         return emulator(
@@ -535,7 +540,8 @@ def profile(
         shared=shared, dram_read=read if dram_read is None else dram_read,
         dram_write=write if dram_write is None else dram_write,
         l2_bytes=32.0 * (distinct + written) * blocks,
-        wavefronts=float(_rows(single)["wavefronts"].sum()) * blocks, l1_cycles=l1_cycles_of(single, device) * blocks,
+        wavefronts=float(_rows(single)["wavefronts"].sum()) * blocks,
+        l1_cycles=l1_cycles_of(single, device) * blocks,
         emulated=1, l1_hits=hits,
     )  # fmt: skip
     work.barriers = use.barriers

@@ -52,8 +52,9 @@ CAPTURE_UNSUPPORTED, CAPTURE_UNMATCHED, CAPTURE_UNJOINED, CAPTURE_IMPLICIT = 900
 
 
 class RuntimeFailure(RuntimeError):
-    """A call that CUDA would have refused, or a kernel that failed. ``code`` is the cudaError_t that
-    the caller was given, ``call`` the function."""
+    """A call that CUDA would have refused, or a kernel that failed.
+
+    ``code`` is the cudaError_t that the caller was given, ``call`` the function."""
 
     def __init__(self, call: str, code: int, message: str) -> None:
         super().__init__(f"{call}: {message} (cudaError {code})")
@@ -153,8 +154,12 @@ def _stub_path() -> Path:
     if not built.is_file():
         built.parent.mkdir(parents=True, exist_ok=True)
         temporary = built.with_name(f".{os.getpid()}.so")
-        command = ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", str(source)]
-        command += ["-Wl,-soname,libcudart.so.13", f"-Wl,--version-script={version_map}"]
+        command = ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
+        command += [
+            str(source),
+            "-Wl,-soname,libcudart.so.13",
+            f"-Wl,--version-script={version_map}",
+        ]
         toolchain._run([*command, "-o", str(temporary)], "g++ on the CUDA runtime's stand-in")
         temporary.replace(built)
     return built
@@ -172,8 +177,8 @@ def _load_stub() -> ctypes.CDLL:
         for line in Path("/proc/self/maps").read_text().splitlines():
             if re.search(r"/libcudart\.so\.13[\d.]*$", line):
                 raise toolchain.ToolchainError(
-                    f"this process has loaded a real CUDA runtime ({line.split()[-1]}); the stand-in "
-                    "has to come first: use it in a process of its own"
+                    f"this process has loaded a real CUDA runtime ({line.split()[-1]}); "
+                    "the stand-in has to come first: use it in a process of its own"
                 )
         stub = ctypes.CDLL(str(_stub_path()), mode=ctypes.RTLD_GLOBAL)
         stub.cudart_stub_set_handler.argtypes = [ctypes.c_void_p]
@@ -227,7 +232,8 @@ def parameters_of(ptx: str, kernel: str) -> list[int]:
 
     Raises ``KeyError`` if the PTX has no such entry.
     """
-    match = re.search(rf"\.entry\s+{re.escape(kernel)}\s*(\(.*?\))?\s*(?:\.\w+[^{{;]*)?[{{;]", ptx, re.S)
+    head = rf"\.entry\s+{re.escape(kernel)}\s*(\(.*?\))?\s*(?:\.\w+[^{{;]*)?[{{;]"
+    match = re.search(head, ptx, re.DOTALL)
     if match is None:
         raise KeyError(kernel)
     text = re.sub(r"//[^\n]*", "", match.group(1) or "")
@@ -277,7 +283,8 @@ class _Module:
                     NO_KERNEL_IMAGE,
                     f"{self.path} has no PTX of {demangle(kernel)} that {self.device} can run: "
                     + (f"it has {', '.join(sorted(set(seen)))}" if seen else "none at all")
-                    + f"; compile with -gencode arch=compute_{number},code=compute_{number} or lower",
+                    + f"; compile with -gencode arch=compute_{number},code=compute_{number} "
+                    "or lower",
                 )
             self.texts[kernel] = best[1]
         return self.texts[kernel]
@@ -463,8 +470,8 @@ class EmulatedRuntime:
         if "libcudart.so.13" not in needs:
             found = re.search(r"libcudart\.so[.\d]*", needs)
             raise toolchain.ToolchainError(
-                f"{path} asks for {found.group(0) if found else 'another runtime'}; the stand-in is "
-                "libcudart.so.13: build the library with CUDA 13."
+                f"{path} asks for {found.group(0) if found else 'another runtime'}; the "
+                "stand-in is libcudart.so.13: build the library with CUDA 13."
             )
         return ctypes.CDLL(str(path))
 
@@ -489,7 +496,8 @@ class EmulatedRuntime:
         else:
             raise TypeError(f"{type(array).__name__}: expected a torch tensor or a NumPy array")
         if size:
-            self._buffers[address] = Buffer(address, size, name or f"tensor@{address:#x}", None, array)
+            name = name or f"tensor@{address:#x}"
+            self._buffers[address] = Buffer(address, size, name, None, array)
         return ctypes.c_void_p(address)
 
     def forget(self, array: Any) -> None:
@@ -512,7 +520,8 @@ class EmulatedRuntime:
         if kind == "device" and used + size > self.device.memory:
             raise _Refused(
                 OUT_OF_MEMORY,
-                f"{size} bytes more than {used} do not fit the {self.device.memory} of {self.device}",
+                f"{size} bytes more than {used} do not fit the {self.device.memory} "
+                f"of {self.device}",
             )
         if size == 0:
             return 0
@@ -542,16 +551,16 @@ class EmulatedRuntime:
             if device:
                 raise _Refused(
                     INVALID_VALUE,
-                    f"{role} {address:#x} is said to be on the device, but lies in no allocation and "
-                    "in no tensor that was given to pointer()",
+                    f"{role} {address:#x} is said to be on the device, but lies in no allocation "
+                    "and in no tensor that was given to pointer()",
                 )
             return None
         end = buffer.address + buffer.size
         if address + size > end:
             raise _Refused(
                 INVALID_VALUE,
-                f"{role} of {size} bytes at {address:#x} runs {address + size - end} bytes past the end "
-                f"of {buffer.name}",
+                f"{role} of {size} bytes at {address:#x} runs {address + size - end} bytes past "
+                f"the end of {buffer.name}",
             )
         return buffer
 
@@ -642,7 +651,7 @@ class EmulatedRuntime:
             self._drain({op})
 
     def _drain(self, until: set[_Op] | None = None) -> None:
-        """Run pending operations until those of ``until`` (or all) are done, in a permitted order."""
+        """Run what is pending until ``until`` (or all) is done, in a permitted order."""
         while self._pending and (until is None or any(not op.done for op in until)):
             ready = [op for op in self._pending if all(a.done for a in op.after)]
             op = ready[0] if self.order == "eager" else self._random.choice(ready)
@@ -721,14 +730,15 @@ class EmulatedRuntime:
         if fit.blocks == 0:
             raise _Refused(
                 LAUNCH_OUT_OF_RESOURCES,
-                f"{readable}: {threads} threads of {use.registers} registers and {use.shared + shared} "
-                f"bytes of shared memory do not fit a multiprocessor of {self.device}: {fit.limiter}",
+                f"{readable}: {threads} threads of {use.registers} registers and "
+                f"{use.shared + shared} bytes of shared memory do not fit a multiprocessor of "
+                f"{self.device}: {fit.limiter}",
             )
         if cooperative and grid[0] * grid[1] * grid[2] > fit.blocks * self.device.sms:
             raise _Refused(
                 COOPERATIVE_TOO_LARGE,
-                f"{readable}: a cooperative grid of {grid} needs all blocks resident; {self.device} "
-                f"holds {fit.blocks} on each of {self.device.sms} multiprocessors",
+                f"{readable}: a cooperative grid of {grid} needs all blocks resident; "
+                f"{self.device} holds {fit.blocks} on each of {self.device.sms} multiprocessors",
             )
         sizes = parameters_of(ptx, kernel)
         pointers = (ctypes.c_uint64 * max(1, len(sizes))).from_address(array) if sizes else []
@@ -739,15 +749,17 @@ class EmulatedRuntime:
         def run() -> None:
             # A fresh record each time: a graph's node runs more than once.
             launch = Launch(
-                kernel, readable, grid, block, shared, stream_handle, arguments, use,  # type: ignore[arg-type]
+                kernel, readable, grid, block, shared, stream_handle, arguments, use,
                 fit.blocks, ptx, cooperative,
             )  # fmt: skip
             self.launches.append(launch)
             symbols = {
-                b.name: b.address for b in self._buffers.values() if b.kind == f"symbol:{module.path}"
+                b.name: b.address
+                for b in self._buffers.values()
+                if b.kind == f"symbol:{module.path}"
             }
             request = LaunchRequest(
-                ptx, kernel, grid, block, shared, arguments, self.buffers, self.device,  # type: ignore[arg-type]
+                ptx, kernel, grid, block, shared, arguments, self.buffers, self.device,
                 self.checks, self.seed + len(self.launches), cooperative, symbols, self.options,
             )  # fmt: skip
             try:
@@ -798,9 +810,10 @@ class EmulatedRuntime:
         for index in range(w[11]):
             base = w[10] + 72 * index
             attributes.append((_read(base, ctypes.c_int), _read(base + 8, ctypes.c_int)))
-        cluster = [a for a in attributes if a[0] == 4]
-        if cluster and any(_read(w[10] + 72 * i + 8 + 4 * j, ctypes.c_uint) > 1
-                           for i, a in enumerate(attributes) if a[0] == 4 for j in range(3)):  # fmt: skip
+        for index, (kind, _) in enumerate(attributes):
+            sides = (_read(w[10] + 72 * index + 8 + 4 * j, ctypes.c_uint) for j in range(3))
+            if kind != 4 or max(sides) <= 1:
+                continue
             raise _Refused(NOT_SUPPORTED, "clusters of more than one block are not emulated")
         self._launch(w, cooperative=any(a == (2, 1) for a in attributes), attributes=attributes)
 
@@ -932,7 +945,9 @@ class EmulatedRuntime:
 
     def _copy_2d(self, w: Any) -> Callable[[], None]:
         to, to_pitch, source, pitch, width, height, kind = (*w[0:6], _signed(w[6]))
-        rows = [self._copy(to + r * to_pitch, source + r * pitch, width, kind) for r in range(height)]
+        rows = [
+            self._copy(to + r * to_pitch, source + r * pitch, width, kind) for r in range(height)
+        ]
 
         def run() -> None:
             for row in rows:
@@ -1090,8 +1105,8 @@ class EmulatedRuntime:
 
     def _do_cudaEventElapsedTime(self, w: Any) -> None:
         first, second = self._get(w[1], _Event, "event"), self._get(w[2], _Event, "event")
-        if not (first.timing and second.timing) or first.recorded is None or second.recorded is None:
-            raise _Refused(INVALID_HANDLE, "an event without a time: not recorded, or timing is off")
+        if not all(e.timing and e.recorded is not None for e in (first, second)):
+            raise _Refused(INVALID_HANDLE, "an event without a time: not recorded, or timing off")
         # No time passes here. What is returned is the number of operations between the two, so
         # that it is positive and ordered, and useless as a measurement.
         _write(w[0], ctypes.c_float, max(second.clock - first.clock, 0.0))
@@ -1219,8 +1234,8 @@ class EmulatedRuntime:
             if not 0 <= value <= most:
                 raise _Refused(
                     INVALID_VALUE,
-                    f"{demangle(kernel)}: {value} bytes of dynamic shared memory; {self.device} allows "
-                    f"{self.device.sm.shared_optin} a block, of which {static} are static",
+                    f"{demangle(kernel)}: {value} bytes of dynamic shared memory; {self.device} "
+                    f"allows {self.device.sm.shared_optin} a block, of which {static} are static",
                 )
             self._optin[w[0]] = value
         elif attribute not in (9, 10, 11, 12, 13, 14, 15):
@@ -1370,12 +1385,13 @@ def device_attribute(device: Device, attribute: int) -> int | None:
     values = {
         1: 1024, 2: 1024, 3: 1024, 4: 64, 5: 2**31 - 1, 6: 65535, 7: 65535,
         8: p.sharedMemPerBlock, 9: p.totalConstMem, 10: 32, 11: p.memPitch, 12: p.regsPerBlock,
-        13: int(device.clock / 1000), 14: 512, 15: 1, 16: p.multiProcessorCount, 17: 0, 18: 0, 19: 1,
-        20: 0, 31: 1, 32: 0, 33: 0, 34: 0, 35: 0, 36: device.memory_clock_khz, 37: p.memoryBusWidth,
-        38: p.l2CacheSize, 39: p.maxThreadsPerMultiProcessor, 40: p.asyncEngineCount, 41: 1,
-        75: p.major, 76: p.minor, 78: 1, 79: 1, 80: 1, 81: p.sharedMemPerMultiprocessor,
-        82: p.regsPerMultiprocessor, 83: 1, 84: 0, 85: 0, 86: 0, 88: 0, 89: 1, 90: 1, 91: 0, 95: 1,
-        97: p.sharedMemPerBlockOptin, 99: 1, 100: 0, 101: 0, 106: p.maxBlocksPerMultiProcessor,
-        108: 0, 109: 0, 111: p.reservedSharedMemPerBlock, 115: 1, 120: p.clusterLaunch,
+        13: int(device.clock / 1000), 14: 512, 15: 1, 16: p.multiProcessorCount, 17: 0, 18: 0,
+        19: 1, 20: 0, 31: 1, 32: 0, 33: 0, 34: 0, 35: 0, 36: device.memory_clock_khz,
+        37: p.memoryBusWidth, 38: p.l2CacheSize, 39: p.maxThreadsPerMultiProcessor,
+        40: p.asyncEngineCount, 41: 1, 75: p.major, 76: p.minor, 78: 1, 79: 1, 80: 1,
+        81: p.sharedMemPerMultiprocessor, 82: p.regsPerMultiprocessor, 83: 1, 84: 0, 85: 0, 86: 0,
+        88: 0, 89: 1, 90: 1, 91: 0, 95: 1, 97: p.sharedMemPerBlockOptin, 99: 1, 100: 0, 101: 0,
+        106: p.maxBlocksPerMultiProcessor, 108: 0, 109: 0, 111: p.reservedSharedMemPerBlock,
+        115: 1, 120: p.clusterLaunch,
     }  # fmt: skip
     return values.get(attribute)

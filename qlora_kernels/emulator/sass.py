@@ -1,13 +1,13 @@
 """SASS: what a kernel's PTX becomes, and how often each instruction of it runs.
 
 PTX is what the emulator executes; SASS is what a GPU issues. ``load`` assembles PTX with ptxas and
-reads nvdisasm's listing back as functions, basic blocks, loops and instructions by issue pipe. Every
-instruction carries the line of PTX it was made from (ptxas writes that with ``-lineinfo``).
+reads nvdisasm's listing back as functions, basic blocks, loops and instructions by issue pipe.
+Every instruction carries the line of PTX it was made from (ptxas writes that with ``-lineinfo``).
 
-``Function.dynamic`` turns the emulator's count of warp executions per line of PTX into executions of
-each SASS block, so that instruction figures for cost are SASS × trips. ptxas unrolls, predicates,
-hoists and merges, so no line maps to a block one to one; the trips are the solution of a small
-linear program:
+``Function.dynamic`` turns the emulator's count of warp executions per line of PTX into executions
+of each SASS block, so that instruction figures for cost are SASS × trips. ptxas unrolls,
+predicates, hoists and merges, so no line maps to a block one to one; the trips are the solution of
+a small linear program:
 
 - a block is entered no more often than its predecessors' edges are taken, an edge is taken no more
   often than its block is entered, and what enters a block leaves it (a warp that diverges takes
@@ -55,14 +55,14 @@ _PIPES = {
     "fma": "FFMA FMUL FADD FFMA32I FMUL32I FADD32I FFMA2 FMUL2 FADD2 FSWZADD",
     "imul": "IMAD IMUL IDP IDP4A XMAD IMAD32I",
     "half": "HFMA2 HADD2 HMUL2 HFMA2_MMA HADD2_32I HMUL2_32I HFMA2_32I HMNMX2 HSET2 HSETP2 HMNMX",
-    "alu": """IADD3 IADD IADD32I IADD64 LOP3 LOP LOP32I PLOP3 LEA SHF SHL SHR PRMT SEL SELP FSEL ISETP
-        FSETP ISET FSET FMNMX FMNMX3 IMNMX VIMNMX VIMNMX3 VIADD VIADDMNMX VABSDIFF VABSDIFF4 IABS
-        ICMP FCMP BMSK SGXT MOV MOV32I MOV64IUR CSEL P2R R2P F2FP I2FP F2IP I2IP CS2R VOTE VHMNMX
+    "alu": """IADD3 IADD IADD32I IADD64 LOP3 LOP LOP32I PLOP3 LEA SHF SHL SHR PRMT SEL SELP
+        FSEL ISETP FSETP ISET FSET FMNMX FMNMX3 IMNMX VIMNMX VIMNMX3 VIADD VIADDMNMX VABSDIFF
+        VABSDIFF4 IABS ICMP FCMP BMSK SGXT MOV MOV32I MOV64IUR CSEL P2R R2P F2FP I2FP F2IP I2IP CS2R VOTE VHMNMX
         PSETP SCADD BFE BFI FCHK VMNMX VSETP ISCADD VIADD64 ISETP64 LOP64 MOVM LEPC""",
     "xu": "MUFU F2I I2F F2F FRND I2I POPC FLO BREV F2I_I2I DMUFU",
-    "lsu": """LDG STG LD ST LDS STS LDSM STSM LDL STL LDGSTS ATOM ATOMG ATOMS RED REDG REDS REDAS SHFL
-        S2R MATCH REDUX LDGDEPBAR ARRIVES LDTRAM CREDUX STAS MEMSET SUATOM SULD SUST SURED TEX TLD
-        TLD4 TXQ LDGMC""",
+    "lsu": """LDG STG LD ST LDS STS LDSM STSM LDL STL LDGSTS ATOM ATOMG ATOMS RED REDG REDS REDAS
+        SHFL S2R MATCH REDUX LDGDEPBAR ARRIVES LDTRAM CREDUX STAS MEMSET SUATOM SULD SUST SURED TEX
+        TLD TLD4 TXQ LDGMC""",
     "const": "LDC LDCU",
     "tensor": "HMMA IMMA BMMA DMMA QMMA OMMA HGMMA IGMMA BGMMA QGMMA",
     "tcgen05": "UTCHMMA UTCIMMA UTCQMMA UTCOMMA UTCCP UTCBAR UTCATOMSWS UTCSHIFT LDT STT LDTM STTM",
@@ -85,8 +85,9 @@ _ANCHORS = frozenset(
     DMMA QMMA HGMMA IGMMA QGMMA BGMMA MATCH REDUX SYNCS UBLKCP UTMALDG UTMASTG STL""".split()
 )
 _NO_DESTINATION = frozenset(
-    """STG ST STS STSM STL RED REDG REDS BAR BRA BRX EXIT RET CALL BSSY BSYNC BREAK WARPSYNC NOP YIELD
-    DEPBAR LDGDEPBAR LDGSTS MEMBAR ERRBAR CCTL KILL NANOSLEEP ARRIVES FENCE WARPGROUP""".split()
+    """STG ST STS STSM STL RED REDG REDS BAR BRA BRX EXIT RET CALL BSSY BSYNC BREAK WARPSYNC NOP
+    YIELD DEPBAR LDGDEPBAR LDGSTS MEMBAR ERRBAR CCTL KILL NANOSLEEP ARRIVES FENCE
+    WARPGROUP""".split()
 )
 _SETS_PREDICATE = frozenset("ISETP FSETP DSETP HSETP2 PSETP PLOP3 UISETP UPLOP3 VSETP".split())
 
@@ -113,7 +114,7 @@ def _width(opcode: str) -> int:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One SASS instruction. ``line`` is the line of PTX that it was made from, from 1; 0 if none."""
+    """One SASS instruction. ``line`` is the line of PTX that it was made from, from 1 (0: none)."""
 
     address: int
     opcode: str
@@ -541,7 +542,7 @@ class Dynamic:
         out: Counter[str] = Counter()
         for b in range(len(self.trips)) if blocks is None else blocks:
             for pipe, count in self.function.blocks[b].pipes().items():
-                out[pipe] += self.trips[b] * count  # type: ignore[assignment]
+                out[pipe] += self.trips[b] * count
         return out
 
     def opcodes(self, blocks: Iterable[int] | None = None) -> Counter[str]:
@@ -549,7 +550,7 @@ class Dynamic:
         out: Counter[str] = Counter()
         for b in range(len(self.trips)) if blocks is None else blocks:
             for i in self.function.blocks[b].instructions:
-                out[i.opcode] += self.trips[b]  # type: ignore[assignment]
+                out[i.opcode] += self.trips[b]
         return out
 
     def tensor_flops(self) -> dict[str, float]:
@@ -640,7 +641,7 @@ def _solve(function: Function, executions: Mapping[int, float], warps: float) ->
                 continue
             # Only the first kind of instruction made from a line stands for it: the address
             # arithmetic before a store and the predicate after a shuffle do not.
-            where.setdefault(i.line, Counter())[block.index] += share  # type: ignore[assignment]
+            where.setdefault(i.line, Counter())[block.index] += share
             partial[i.line] = partial.get(i.line, False) or i.predicated
     equations: list[tuple[dict[int, float], float, float, bool]] = []
     for line, where in anchors.items():
@@ -702,20 +703,23 @@ def _solve(function: Function, executions: Mapping[int, float], warps: float) ->
         below([(f0 + e, 1), (n0 + b, -1)], 0)  # and what it carries arrives
     callers = {c: [b.index for b in blocks if c in b.calls] for b in blocks for c in b.calls}
     for b in blocks:
-        i = b.index
-        inflow = [(f0 + e, -1.0) for e in incoming[i]]
-        if i == 0:
+        at = b.index
+        inflow = [(f0 + e, -1.0) for e in incoming[at]]
+        if at == 0:
             # The entry may be a loop's header too.
             equal([(n0, 1.0), (loss0, 1.0)] + [(f0 + e, -1.0) for e in incoming[0]], 1.0)
-        elif i in callers:
+        elif at in callers:
             equal(
-                [(n0 + i, 1.0), (loss0 + i, 1.0)] + [(n0 + c, -1.0) for c in callers[i]] + inflow, 0
+                [(n0 + at, 1.0), (loss0 + at, 1.0)]
+                + [(n0 + c, -1.0) for c in callers[at]]
+                + inflow,
+                0,
             )
         else:
-            equal([(n0 + i, 1.0), (loss0 + i, 1.0)] + inflow, 0)
-        if outgoing[i]:
+            equal([(n0 + at, 1.0), (loss0 + at, 1.0)] + inflow, 0)
+        if outgoing[at]:
             # What enters leaves, or ends; more than entered leaves only by divergence.
-            terms = [(n0 + i, 1.0), (both0 + i, 1.0)] + [(f0 + e, -1.0) for e in outgoing[i]]
+            terms = [(n0 + at, 1.0), (both0 + at, 1.0)] + [(f0 + e, -1.0) for e in outgoing[at]]
             if b.exits:
                 below([(col, -val) for col, val in terms], 0)
             else:

@@ -13,8 +13,8 @@ nvdisasm    nvidia-cuda-nvdisasm         SASS, with the line of PTX each instruc
 =========== ============================ ==============================================
 
 ``find_tool`` looks in ``CUDA_HOME`` (or ``CUDA_PATH``), then in the wheels of this Python, then on
-``PATH``, then in ``/usr/local/cuda``, last in Triton's wheel, which bundles all but nvcc. The wheels
-come before ``PATH`` because they are what a requirements file pins.
+``PATH``, then in ``/usr/local/cuda``, last in Triton's wheel, which bundles all but nvcc. The
+wheels come before ``PATH`` because they are what a requirements file pins.
 
 Results are cached on disk under a hash of everything that decides them: the tool's version, the
 options, the source's text and path (debug information names it), and the text of every header of
@@ -37,6 +37,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "CompileError",
@@ -323,9 +324,9 @@ class _Entry:
     def __init__(self, kind: str, key: str) -> None:
         self.folder = cache_dir() / kind / key[:2] / key
 
-    def load(self) -> dict | None:
+    def load(self) -> dict[str, Any] | None:
         try:
-            meta = json.loads((self.folder / "meta.json").read_text())
+            meta: dict[str, Any] = json.loads((self.folder / "meta.json").read_text())
         except (OSError, ValueError):
             return None
         for path, digest in meta.get("dependencies", {}).items():
@@ -333,7 +334,7 @@ class _Entry:
                 return None
         return meta
 
-    def store(self, files: dict[str, Path], meta: dict) -> None:
+    def store(self, files: dict[str, Path], meta: dict[str, Any]) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=".new-"))
         temporary.chmod(0o755)
@@ -367,7 +368,8 @@ def _run(command: Sequence[str], what: str) -> str:
 
 def _source_file(source: str | Path, name: str, folder: Path) -> tuple[Path, str]:
     """A path that holds the source. A string with a newline or a brace in it is source text; it is
-    written below the cache under its own hash, so that debug information names a file that stays."""
+    written below the cache under its own hash, so that debug information names a file that
+    stays."""
     if isinstance(source, Path) or not re.search(r"[\n{;]", source):
         path = Path(source).expanduser()
         if not path.is_file():
@@ -393,7 +395,7 @@ def _dependencies(makefile: Path) -> dict[str, str]:
 
 def _nvcc(
     kind: str, source: str | Path, arch_flags: list[str], options: Sequence[str], name: str
-) -> tuple[Path, dict, Path]:
+) -> tuple[Path, dict[str, Any], Path]:
     nvcc = find_tool("nvcc")
     path, text = _source_file(source, name, cache_dir())
     suffix = {"ptx": ".ptx", "cubin": ".cubin", "object": ".o"}[kind]
@@ -668,7 +670,8 @@ def _merge(usage: dict[str, Resources], verbose: dict[str, dict[str, int]]) -> d
 
 def disassemble(cubin: str | Path | Cubin, *, lines: str = "ptx") -> str:
     """nvdisasm's listing of a cubin's code. ``lines`` chooses the annotation: ``"ptx"`` (line in
-    the embedded PTX), ``"source"`` (file and line of the CUDA source, with inlining) or ``"none"``."""
+    the embedded PTX), ``"source"`` (file and line of the CUDA source, with inlining) or
+    ``"none"``."""
     path = cubin.path if isinstance(cubin, Cubin) else Path(cubin)
     flags = {"ptx": ["-gp"], "source": ["-gi"], "none": []}
     if lines not in flags:
@@ -681,4 +684,4 @@ def disassemble(cubin: str | Path | Cubin, *, lines: str = "ptx") -> str:
     if meta is None:
         meta = {"text": _run([str(tool), "-c", *flags[lines], str(path)], f"nvdisasm on {path}")}
         entry.store({}, meta)
-    return meta["text"]
+    return str(meta["text"])

@@ -1,4 +1,5 @@
-"""The device table, occupancy, and the cost model: derived by hand, and against NVIDIA's own header."""
+"""The device table, occupancy, and the cost model: derived by hand, and against NVIDIA's own "
+"header."""
 
 from __future__ import annotations
 
@@ -105,7 +106,8 @@ def test_occupancy_is_that_of_cuda_occupancy_h(tmp_path):
     for key, threads, registers, shared, barriers in cases:
         d, sm = get_device(key), get_device(key).sm
         lines.append(
-            f"run({d.capability[0]}, {d.capability[1]}, {sm.threads}, {sm.shared}, {sm.shared_optin}, "
+            f"run({d.capability[0]}, {d.capability[1]}, {sm.threads}, {sm.shared}, "
+            f"{sm.shared_optin}, "
             f"{sm.shared_reserved}, {threads}, {registers}, {shared}, {barriers});"
         )
     body = "\n".join(lines)
@@ -116,11 +118,12 @@ def test_occupancy_is_that_of_cuda_occupancy_h(tmp_path):
         #include <cstring>
         #include <climits>
         #include <cuda_occupancy.h>
-        static void run(int major, int minor, int threads_sm, int shared_sm, int optin, int reserved,
-                        int threads, int registers, int shared, int barriers) {
+        static void run(int major, int minor, int threads_sm, int shared_sm, int optin,
+                        int reserved, int threads, int registers, int shared, int barriers) {
           cudaOccDeviceProp p;
           p.computeMajor = major; p.computeMinor = minor; p.maxThreadsPerBlock = 1024;
-          p.maxThreadsPerMultiprocessor = threads_sm; p.regsPerBlock = p.regsPerMultiprocessor = 65536;
+          p.maxThreadsPerMultiprocessor = threads_sm;
+          p.regsPerBlock = p.regsPerMultiprocessor = 65536;
           p.warpSize = 32; p.sharedMemPerBlock = 49152; p.sharedMemPerMultiprocessor = shared_sm;
           p.numSms = 1; p.sharedMemPerBlockOptin = optin; p.reservedSharedMemPerBlock = reserved;
           cudaOccFuncAttributes f;

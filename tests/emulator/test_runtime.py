@@ -342,7 +342,8 @@ def test_handles_that_are_none_are_refused(rt):
 class Facts(ctypes.Structure):
     _fields_ = [
         *[(n, ctypes.c_int) for n in (
-            "major minor sms shared_optin shared_sm regs_sm threads_sm l2 count warp attribute_major "
+            "major minor sms shared_optin shared_sm regs_sm threads_sm l2 count warp "
+            "attribute_major "
             "attribute_sms attribute_optin registers static_shared dynamic_limit max_threads blocks"
         ).split()],
         ("memory", ctypes.c_ulonglong),

@@ -193,7 +193,7 @@ def test_nested_loops(ptx):
 
     function = sass.load(ptx, "sm_80")["nested"]
     dynamic = function.dynamic(sass.executions_by_hand(ptx, "nested", trips), 1)
-    inner = [loop for loop in function.innermost()]
+    inner = function.innermost()
     assert sum(dynamic.total(loop.blocks) for loop in inner) > 0.5 * dynamic.total()
     stores = sum(c for o, c in dynamic.opcodes().items() if o.startswith("STG"))
     loads = sum(c for o, c in dynamic.opcodes().items() if o.startswith("LDG"))

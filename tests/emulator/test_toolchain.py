@@ -180,7 +180,8 @@ def test_resource_usage_is_what_the_kernel_declares_on_every_target(target):
 def test_spills_are_seen():
     body = "\n".join(f"  float v{i} = x[{i} * n];" for i in range(64))
     total = " + ".join(f"v{i} * v{63 - i}" for i in range(64))
-    source = f"__global__ void k(float* x, int n) {{\n{body}\n  __syncthreads();\n  x[0] = {total};\n}}\n"
+    source = "__global__ void k(float* x, int n) {\n"
+    source += f"{body}\n  __syncthreads();\n  x[0] = {total};\n}}\n"
     tight = toolchain.compile_cubin(source, options=["-maxrregcount", "24"]).resources["_Z1kPfi"]
     roomy = toolchain.compile_cubin(source).resources["_Z1kPfi"]
     assert tight.registers <= 24 < roomy.registers
@@ -227,4 +228,4 @@ def test_an_entry_written_by_two_at_once_is_whole(fresh_cache):
     with ThreadPoolExecutor(4) as pool:
         texts = set(pool.map(lambda _: toolchain.compile_ptx(SAXPY).text, range(4)))
     assert len(texts) == 1
-    assert not [p for p in fresh_cache.rglob(".new-*")]
+    assert not list(fresh_cache.rglob(".new-*"))
