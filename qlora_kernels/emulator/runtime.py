@@ -29,7 +29,6 @@ import ctypes
 import os
 import random
 import re
-import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -459,21 +458,26 @@ class EmulatedRuntime:
         path = Path(path).resolve()
         if not path.is_file():
             raise toolchain.ToolchainError(f"no such library: {path}")
-        needs = subprocess.run(
-            ["readelf", "-d", str(path)], capture_output=True, text=True, check=False
-        ).stdout
-        if "libcudart.so" not in needs:
+        needs = re.search(rb"\0libcudart\.so\.(\d+)\0", path.read_bytes())
+        if needs is None:
             raise toolchain.ToolchainError(
                 f"{path} does not ask for libcudart.so: it was linked with a static CUDA runtime, "
                 "which nothing can stand in for. Link the same objects with `nvcc -cudart shared`."
             )
-        if "libcudart.so.13" not in needs:
-            found = re.search(r"libcudart\.so[.\d]*", needs)
+        if needs.group(1) != b"13":
             raise toolchain.ToolchainError(
-                f"{path} asks for {found.group(0) if found else 'another runtime'}; the "
-                "stand-in is libcudart.so.13: build the library with CUDA 13."
+                f"{path} asks for libcudart.so.{needs.group(1).decode()}; the stand-in is "
+                "libcudart.so.13: build the library with CUDA 13."
             )
-        return ctypes.CDLL(str(path))
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            missing = re.search(r"undefined symbol: (cuda\w+|__cuda\w+)", str(error))
+            if missing is None:
+                raise
+            raise toolchain.ToolchainError(
+                f"{path} calls {missing.group(1)}, which the stand-in CUDA runtime does not have"
+            ) from None
 
     # -- memory -----------------------------------------------------------------------------------
 

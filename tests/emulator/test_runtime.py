@@ -446,6 +446,20 @@ def test_a_library_with_its_own_runtime_is_refused(tmp_path):
         pass
 
 
+def test_a_call_that_the_stand_in_lacks_is_named():
+    source = """
+    #include <cuda_runtime.h>
+    __global__ void k() {}
+    extern "C" int bus(char* text) { k<<<1, 1>>>(); return cudaDeviceGetPCIBusId(text, 16, 0); }
+    """
+    library = toolchain.compile_library(source, ["sm_80"])
+    with (
+        pytest.raises(toolchain.ToolchainError, match="calls cudaDeviceGetPCIBusId, which"),
+        EmulatedRuntime("a100", library, engine=by_name),
+    ):
+        pass
+
+
 def test_a_device_that_no_embedded_ptx_fits_is_refused(library):
     x, y = arrays(2)
     with EmulatedRuntime("t4", library, engine=by_name, strict=False) as rt:
