@@ -688,6 +688,21 @@ def test_merge_rounds_once_says_by_how_much_and_unmerges_bit_for_bit() -> None:
     layer.unmerge()  # nothing to do
 
 
+@pytest.mark.parametrize(
+    ("size", "lost"), [(1e-3, 1.03), (0.01, 1.09), (0.03, 1.08), (0.1, 0.79), (0.3, 0.32)]
+)
+def test_a_small_update_does_not_survive_the_merge(size: float, lost: float) -> None:
+    """The table in MergeReport: what is small against NF4's steps is rounded away."""
+    linear = nn.Linear(512, 512, bias=False)
+    nn.init.normal_(linear.weight, std=0.02)
+    layer = LoraLinear4bit.from_linear(linear, r=16)
+    nn.init.normal_(layer.lora_B)
+    now = layer.delta_weight().norm() / layer.dequantize_weight().norm()
+    with torch.no_grad():
+        layer.lora_B *= size / now
+    assert layer.merge().relative_to_update == pytest.approx(lost, abs=0.1)
+
+
 def test_merging_leaves_those_who_share_the_weight_alone() -> None:
     base, lora = _shared()
     nn.init.normal_(lora.lora_B)
