@@ -23,7 +23,6 @@ import os
 import re
 import shlex
 import shutil
-import site
 import subprocess
 import sys
 import sysconfig
@@ -32,6 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+import setuptools
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -40,6 +40,13 @@ from setuptools.errors import OptionError, PlatformError
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)  # the first stable ABI with all that csrc/torch_ops.cpp calls
 OLDEST_CMAKE = (3, 22)
+OLDEST_SETUPTOOLS = 77  # reads the license in pyproject.toml
+
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    sys.exit(
+        f"error: setuptools {setuptools.__version__} is too old; {OLDEST_SETUPTOOLS} or newer is "
+        "needed: pip install --upgrade setuptools"
+    )
 
 
 class Native(Extension):
@@ -69,21 +76,23 @@ def version_tuple(text: str) -> tuple[int, ...]:
 
 
 def torch_folders() -> Iterator[Path]:
-    """Where torch may be: what Python sees, then what it would see without build isolation."""
+    """Where torch may be: what this Python sees, then what it sees when nobody isolates it."""
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin is not None:
         yield Path(spec.origin).parent
-    for kind in ("platlib", "purelib"):
-        yield Path(sysconfig.get_path(kind)) / "torch"
-    if os.environ.get("VIRTUAL_ENV"):  # a build frontend that makes a whole environment of its own
-        names = {"base": os.environ["VIRTUAL_ENV"], "platbase": os.environ["VIRTUAL_ENV"]}
-        yield Path(sysconfig.get_path("platlib", vars=names)) / "torch"
-    config = Path(sys.prefix) / "pyvenv.cfg"
-    shares = "include-system-site-packages = true"
-    if sys.prefix == sys.base_prefix or (config.is_file() and shares in config.read_text().lower()):
-        names = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
-        yield Path(sysconfig.get_path("platlib", vars=names)) / "torch"
-        yield Path(site.getusersitepackages()) / "torch"
+    # Build isolation is made of environment variables (pip) or a virtual environment of its own.
+    outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    code = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
+    pythons = [sys.executable]
+    if os.environ.get("VIRTUAL_ENV"):
+        pythons.append(str(Path(os.environ["VIRTUAL_ENV"]) / "bin" / "python"))
+    for python in pythons:
+        with contextlib.suppress(OSError):
+            result = subprocess.run(
+                [python, "-c", code], env=outside, cwd=os.path.sep, capture_output=True, text=True
+            )
+            if result.stdout.strip():
+                yield Path(result.stdout.strip()).parent
 
 
 def find_torch() -> tuple[Path, str]:
@@ -102,11 +111,11 @@ def find_torch() -> tuple[Path, str]:
                 f"{'.'.join(map(str, OLDEST_TORCH))} or newer"
             )
         return folder, version
-    looked = "\n  ".join(str(folder) for folder in dict.fromkeys(folders))
+    looked = f"in {chosen}" if chosen else f"with {sys.executable}"
     raise PlatformError(
-        "no torch found to build for. Install torch first (pip install torch), then qlora-kernels; "
-        "or set QLORA_KERNELS_TORCH to the folder of an installed one (.../site-packages/torch). "
-        f"Looked in:\n  {looked}"
+        f"no torch found to build for (looked {looked}). Install torch first (pip install torch), "
+        "then qlora-kernels, if need be with --no-build-isolation; or set QLORA_KERNELS_TORCH to "
+        "the folder of an installed one (.../site-packages/torch)"
     )
 
 

@@ -225,6 +225,12 @@ def test_old_torch_is_refused(bare: Path) -> None:
     assert "is torch 2.9.1+cpu; qlora-kernels needs torch 2.10 or newer" in output
 
 
+def test_old_setuptools_is_named(bare: Path) -> None:
+    old = "import setuptools; setuptools.__version__ = '65.5.0'"
+    output = build_in_place(bare, prelude=old)
+    assert "setuptools 65.5.0 is too old; 77 or newer is needed" in output
+
+
 def test_cuda_is_not_promised(bare: Path) -> None:
     assert "no CUDA kernels to build" in build_in_place(bare, QLORA_KERNELS_CUDA="1")
 
@@ -272,6 +278,8 @@ def environment(tmp_path: Path) -> Path:
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(run(python, "-c", code).stdout.strip())
     # After the environment's own packages; the finder of an editable install is not taken along.
+    # An older Python's venv has an older setuptools; the newer one is to be found.
+    run(python, "-m", "pip", "uninstall", "--yes", "--quiet", "setuptools")
     (site / "outer.pth").write_text(str(Path(torch.__file__).parent.parent) + "\n")
     return python
 
