@@ -1,32 +1,39 @@
 """A modelled time for a kernel, from what it was counted to do and what a device is said to do.
 
-Nothing here is measured, and every figure that comes out is labelled *modelled*. The time is
+Nothing here is measured, and every figure that comes out is labelled *modelled*.
 
-    launch + max(ramp + throughput, latency)
+**Throughput.** Each resource needs a time if it alone has to do its work: DRAM, L2 and the starting
+of blocks over the whole device; the port to L2, shared memory and L1, issue slots, each arithmetic
+pipe and the tensor cores on the multiprocessor that gets the most blocks (so the tail is in them).
 
-``throughput`` is the largest of the times that each resource would need if it alone had to do its
-work: DRAM and L2 over the whole device; the L2 port, shared memory and L1, issue slots, each
-arithmetic pipe and the tensor cores of the multiprocessor that gets the most blocks; the start of
-one block after another. ``latency`` is what a multiprocessor needs if nothing ever queues: one
-warp's path from start to end, each instruction waiting for its operands, times the rounds in which
-the resident blocks take turns, and what lies between a block and its successor. It decides when
-there is too little parallelism to keep anything busy. ``ramp`` is the first access to DRAM. The
-largest term is named as the bottleneck.
+**Latency.** One warp's path from its first instruction to its last, each waiting for its operands
+and for nobody else (``warp_cycles``), and the turnaround between a block and its successor.
+
+**Both together.** A multiprocessor is a closed queueing network: its resident warps (or blocks,
+where a barrier in a loop makes their warps march in step) take turns between the resource that is
+needed longest, where they queue, and the rest of their path, where they do not. Mean value analysis
+(Reiser and Lavenberg, 1980) gives the exact throughput of such a network; it has no parameter to
+fit. It approaches 1 / demand when there are many warps and warps / path when there are few, and
+bends between: the bottleneck that is named is the resource from where on more warps would bring
+nothing, and latency below.
+
+The kernel's time is the rounds of resident blocks at that throughput, the last and smaller one at
+its own, and a ramp, the first round's path; a launch comes before it.
 
 No constant is fitted to the measurements that ``benchmarks/emulator_model.py`` compares with: they
 are the device table's, and the latencies below with their sources. Known to be wrong:
 
-- terms overlap perfectly, or not at all. Near a balance of two of them, and with few warps, a real
-  kernel is slower than the larger one (by up to a third).
-- no bank of DRAM, row or direction of traffic: reads and writes cost the same, and mixed streams
-  reach some 5 to 12% less than pure reads on HBM.
-- L2 is one cache of one bandwidth: A100 and H100 have two halves, and an access to the far one
-  costs more. Partition camping, set conflicts and write-backs before a re-write are unknown to it.
-- clocks are the table's. Tensor kernels on 350–450 W parts throttle below them.
-- instruction cache, register bank conflicts, dispatch stalls and dual use of a register port are
-  unknown: a kernel at the issue limit is modelled some 5 to 15% too fast.
-- caches: hits in L1 are those that the emulator saw per block; reuse in L2 between blocks that run
-  at different times is what the caller says with ``dram_bytes``, or none beyond a wave.
+- one resource queues, the others overlap with it perfectly. Where two are nearly balanced, a real
+  kernel is slower than the model; register bank conflicts, dispatch stalls, the instruction cache
+  and the reuse of register ports are unknown to it.
+- DRAM has no banks, rows or directions: reads and writes cost the same, and mixed streams reach
+  some 5 to 15% less than pure reads on HBM.
+- L2 is one cache of one bandwidth for reads and writes. A100 and H100 have two halves, and an
+  access to the far one costs more. Partition camping and set conflicts do not exist.
+- clocks are the table's: tensor kernels on 350 to 450 W parts throttle below them.
+- caches: L1 serves what a block reads again, whatever its size; L2 keeps a buffer that fits in it,
+  else what a wave of blocks shares while it runs (``wave_bytes``).
+- warps of one block that do different things (producers and consumers) are averaged.
 """
 
 from __future__ import annotations
@@ -64,7 +71,8 @@ class Work:
     data path of shared memory, ``l1_cycles`` clocks that global accesses take L1 (on the modelled
     device, see ``l1_cycles_of``); ``tensor`` operations by type of warp-wide matrix
     instructions, ``tensor_async`` of wgmma's and tcgen05's; ``cycles`` one warp's path on the
-    modelled device, if it is known. ``blocks``, ``threads``, ``registers`` and ``shared`` (bytes a
+    modelled device, if it is known; ``lockstep`` whether a barrier in a loop makes a block's warps
+    march together. ``blocks``, ``threads``, ``registers`` and ``shared`` (bytes a
     block, static and dynamic) are the launch's.
     """
 
@@ -82,6 +90,7 @@ class Work:
     tensor: dict[str, float] = field(default_factory=dict)
     tensor_async: dict[str, float] = field(default_factory=dict)
     cycles: float = 0.0
+    lockstep: bool = False
     barriers: int = 0
 
     def scaled(self, blocks: int, **changes: float) -> Work:
@@ -92,7 +101,8 @@ class Work:
             {p: c * k for p, c in self.pipes.items()}, self.dram_read * k, self.dram_write * k,
             self.l2_bytes * k, self.wavefronts * k, self.l1_cycles * k,
             {t: c * k for t, c in self.tensor.items()},
-            {t: c * k for t, c in self.tensor_async.items()}, self.cycles, self.barriers,
+            {t: c * k for t, c in self.tensor_async.items()}, self.cycles, self.lockstep,
+            self.barriers,
         )  # fmt: skip
         for name, value in changes.items():
             setattr(out, name, value)
@@ -103,9 +113,10 @@ class Work:
 class Modelled:
     """A modelled time in seconds, and what it is made of.
 
-    ``terms`` maps each resource to the time it alone would need; ``bottleneck`` is the largest's
-    name; ``launch`` and ``ramp`` are seconds; ``waves`` is blocks over resident blocks, and
-    ``balance`` the share of multiprocessor time that has blocks to run.
+    ``terms`` maps each resource to the time it alone would need, and ``latency`` to the time if
+    nothing ever queued; ``bottleneck`` is the name of what decides. Of ``time``, ``launch`` seconds
+    lie before the kernel, ``ramp`` are the first round's path, and ``tail`` are lost because the
+    blocks do not divide evenly. ``waves`` is blocks over resident blocks.
     """
 
     name: str
@@ -115,9 +126,9 @@ class Modelled:
     terms: dict[str, float]
     launch: float
     ramp: float
+    tail: float
     occupancy: Occupancy
     waves: float
-    balance: float
 
     @property
     def kernel(self) -> float:
@@ -133,14 +144,18 @@ class Modelled:
             f"{self.name} on {self.device}: modelled {self.time * 1e6:.2f} µs, bound by "
             f"{self.bottleneck}",
             f"  occupancy {self.occupancy.share:.0%} ({self.occupancy.blocks} blocks a "
-            f"multiprocessor, limited by {self.occupancy.limiter}), {self.waves:.2f} waves, "
-            f"balance {self.balance:.0%}",
-            f"  launch {self.launch * 1e6:.2f} µs, ramp {self.ramp * 1e6:.2f} µs",
+            f"multiprocessor, limited by {self.occupancy.limiter}), {self.waves:.2f} waves",
+            f"  launch {self.launch * 1e6:.2f} µs, ramp {self.ramp * 1e6:.2f} µs, "
+            f"tail {self.tail * 1e6:.2f} µs",
         ]
         for name, seconds in sorted(self.terms.items(), key=lambda t: -t[1]):
             if seconds:
                 rows.append(f"  {name:24} {seconds * 1e6:10.2f} µs  {self.utilisation(name):6.1%}")
         return "\n".join(rows)
+
+
+#: Resources of the whole device, which an uneven last round does not leave idle.
+_SHARED = ("DRAM", "L2", "block launch")
 
 
 def model(work: Work, device: str | Device, *, launch: bool | float = True) -> Modelled:
@@ -157,7 +172,6 @@ def model(work: Work, device: str | Device, *, launch: bool | float = True) -> M
             f"{work.name} does not fit a multiprocessor of {device}: {work.threads} threads, "
             f"{work.registers} registers, {work.shared} bytes of shared memory ({fit.limiter})"
         )
-    resident = fit.blocks
     busiest = math.ceil(work.blocks / device.sms)  # blocks of the multiprocessor with the most
     share = busiest / work.blocks  # of the whole work
     clock = device.clock
@@ -179,22 +193,41 @@ def model(work: Work, device: str | Device, *, launch: bool | float = True) -> M
     for kind, flops in work.tensor_async.items():
         tensor += flops / _tensor_rate(device, kind)
     terms["tensor cores"] = tensor * share * device.sms
-    rounds = math.ceil(busiest / resident)
-    turnaround = device.block_turnaround * (rounds - 1)
-    terms["latency"] = (rounds * work.cycles + turnaround) / clock
-    # The first access comes back after a latency during which nothing streams; the last store is
-    # not waited for, but the last load's is, by its block.
-    ramp = device.dram_latency / clock
-    throughput = max(seconds for name, seconds in terms.items() if name != "latency")
-    kernel = max(ramp + throughput, terms["latency"])
-    bottleneck = max(terms, key=lambda name: terms[name])
-    if terms["latency"] < ramp + throughput and bottleneck == "latency":
-        bottleneck = max((t for t in terms if t != "latency"), key=lambda name: terms[name])
+
+    longest = max(terms, key=lambda name: terms[name])
+    warps = -(-work.threads // 32)
+    each = 1 if work.lockstep else warps  # customers a block
+    demand = terms[longest] / (busiest * each)
+    path = (work.cycles + device.block_turnaround) / clock if work.cycles else 0.0
+    delay = max(0.0, path - terms[longest] / (busiest * warps))
+    resident = min(fit.blocks, busiest)
+    rounds, rest = divmod(busiest, resident)
+    speed = _throughput(resident * each, demand, delay)
+    seconds = rounds * resident * each / speed
+    if rest:
+        seconds += rest * each / _throughput(rest * each, demand, delay)
+    ramp = delay * demand * speed if rounds + (rest > 0) > 1 else 0.0
+    terms["latency"] = math.ceil(busiest / resident) * path
+    saturated = resident * each * demand >= delay + demand
+    bottleneck = longest if saturated or not path else "latency"
+    even = work.blocks / (busiest * device.sms)
+    tail = 0.0 if bottleneck in _SHARED else (seconds + ramp) * (1 - even)
     overhead = device.launch * float(launch)
     return Modelled(
-        work.name, device, kernel + overhead, bottleneck, terms, overhead, ramp, fit,
-        work.blocks / (resident * device.sms), work.blocks / (busiest * device.sms),
+        work.name, device, seconds + ramp + overhead, bottleneck, terms, overhead, ramp, tail, fit,
+        work.blocks / (fit.blocks * device.sms),
     )  # fmt: skip
+
+
+def _throughput(customers: int, demand: float, delay: float) -> float:
+    """Customers a second through a closed network of one queue and one delay, by exact mean value
+    analysis: who arrives finds the queue that the network with one customer fewer has."""
+    queue = speed = 0.0
+    for n in range(1, customers + 1):
+        response = demand * (1 + queue)
+        speed = n / max(delay + response, 1e-30)
+        queue = speed * response
+    return speed
 
 
 def _tensor_rate(device: Device, kind: str) -> float:
@@ -349,6 +382,16 @@ def warp_cycles(dynamic: Dynamic, device: str | Device, *, global_latency: float
     return state.time
 
 
+def lockstep_of(dynamic: Dynamic) -> bool:
+    """Whether a block's warps meet at a barrier in every trip of some loop that runs."""
+    for loop in dynamic.function.loops:
+        for b in loop.blocks:
+            if dynamic.trips[b] >= 2 * dynamic.warps:
+                if any(i.base == "BAR" for i in dynamic.function.blocks[b].instructions):
+                    return True
+    return False
+
+
 # ------------------------------------------------------------------------------------------------
 # From counts to work
 
@@ -432,7 +475,7 @@ def work_of(
         name, blocks, threads, registers, shared,
         {p: float(c) * scale for p, c in dynamic.pipes().items()}, dram_read, dram_write, l2_bytes,
         wavefronts, l1_cycles, warp_wide, asynchronous,
-        warp_cycles(dynamic, device, global_latency=latency),
+        warp_cycles(dynamic, device, global_latency=latency), lockstep_of(dynamic),
     )  # fmt: skip
 
 
