@@ -50,7 +50,7 @@ from . import sass, toolchain
 from .devices import Device, Occupancy, get_device, occupancy
 from .sass import Dynamic, Instruction, Loop, tensor_kind
 
-__all__ = ["Modelled", "Work", "model", "profile", "warp_cycles", "wave_bytes", "work_of"]
+__all__ = ["Modelled", "Work", "model", "profile", "warp_cycles", "wave_bytes", "work_of", "work_of_launch"]
 
 # Cycles until a result can be used. Fixed-latency arithmetic is 4 on every target since Volta;
 # the others are microbenchmarks of arXiv:1804.06826 (Volta), 1903.07486 (Turing) and 2402.13499
@@ -586,6 +586,33 @@ def profile(
         wavefronts=float(_rows(single)["wavefronts"].sum()) * blocks,
         l1_cycles=l1_cycles_of(single, device) * blocks,
         emulated=1, l1_hits=hits,
+    )  # fmt: skip
+    work.barriers = use.barriers
+    return work, dynamic
+
+
+def work_of_launch(launch: Any, device: str | Device) -> tuple[Work, Dynamic]:
+    """The work of a launch that ran whole, as ``EmulatedRuntime.launches`` holds it.
+
+    Every block was emulated, so nothing is scaled: each distinct sector is fetched from DRAM once,
+    and every sector that a request asked for moves from L2 (what L1 saves is not known here:
+    ``profile`` looks at one block for that).
+    """
+    device = get_device(device)
+    counts = launch.counts
+    cubin = toolchain.assemble(launch.ptx, device.target)
+    use = cubin.resources[launch.kernel]
+    function = sass.load(launch.ptx, device.target)[launch.kernel]
+    warps = launch.blocks * math.ceil(launch.threads / 32)
+    dynamic = function.dynamic(counts.by_ptx_line(), warps)
+    regions = list(counts.regions)
+    work = work_of(
+        launch.name, dynamic, device, blocks=launch.blocks, threads=launch.threads,
+        registers=use.registers, shared=use.shared + launch.shared,
+        dram_read=32.0 * sum(r.distinct_read for r in regions),
+        dram_write=32.0 * sum(r.distinct_written for r in regions),
+        l2_bytes=32.0 * sum(r.sectors_read + r.sectors_written for r in regions),
+        wavefronts=float(_rows(counts)["wavefronts"].sum()), l1_cycles=l1_cycles_of(counts, device),
     )  # fmt: skip
     work.barriers = use.barriers
     return work, dynamic
