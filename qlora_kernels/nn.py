@@ -164,6 +164,8 @@ def read_checkpoint_entries(
         raise fail(f"weight.{key} holds {type(info).__name__}, not a JSON object")
 
     nested = "nested_absmax" in entries
+    if "nested_offset" in info and not nested:
+        raise fail("weight.nested_absmax is missing, the JSON tells of nested scales")
     needed: dict[str, Any] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
     if nested:
         needed |= {"nested_blocksize": int, "nested_dtype": str, "nested_offset": (int, float)}

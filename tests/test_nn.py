@@ -546,7 +546,7 @@ BAD = {
     "absmax-gone": (_edit("weight.absmax", lambda t: None), "weight.absmax is missing"),
     "absmax-short": (_edit("weight.absmax", lambda t: t[:-1]), "weight.absmax is 31 x"),
     "absmax-dtype": (_edit("weight.absmax", lambda t: t.float()), "needs 32 x torch.uint8"),
-    "nested-gone": (_edit("weight.nested_absmax", lambda t: None), "belong to no 4-bit|needs 32"),
+    "nested-gone": (_edit("weight.nested_absmax", lambda t: None), "nested_absmax is missing"),
     "nested-long": (_edit("weight.nested_absmax", lambda t: t.repeat(2)), "nested_absmax is 2 x"),
     "nested-map": (_edit("weight.nested_quant_map", lambda t: None), "nested_quant_map is missing"),
     "map-short": (_edit("weight.quant_map", lambda t: t[:15]), "quant_map is 15 x"),
