@@ -15,7 +15,9 @@ launch overheads and the turnaround of blocks from the same machines. Rows marke
 figure of the table was read off, and no check of it; they are left out of the summary. All others
 combine figures that were measured apart. [S] github.com/siboehm/SGEMM_CUDA, 4096³ on an RTX A6000.
 [L] github.com/leimao/CUDA-GEMM-Optimization, 4096³ on an RTX 3090. [M] spatters.ca/mma-matmul,
-4096³ on an RTX 4090 with its boost clock locked.
+4096³ on an RTX 4090 with its boost clock locked. [P] the benchmark summary of
+github.com/Pupking's 03_parallel_reduction, an RTX 3050 Laptop (it does not state the block's size:
+256 here).
 """
 
 from __future__ import annotations
@@ -59,6 +61,43 @@ extern "C" __global__ void stream_scale(double* a, const double* b, const double
 extern "C" __global__ void stream_triad(double* a, const double* b, const double* c, int n) {
   int i = threadIdx.x + blockIdx.x * blockDim.x;
   if (i < n) a[i] = b[i] * 1.2 + c[i];
+}
+
+// --- sums of floats, one atomic a block ----------------------------------------------------------
+extern "C" __global__ void reduce_interleaved(const float* x, float* sum, int n) {
+  __shared__ float s[256];
+  int i = blockIdx.x * 256 + threadIdx.x;
+  s[threadIdx.x] = i < n ? x[i] : 0.0f;
+  __syncthreads();
+  for (int o = 1; o < 256; o *= 2) {
+    if (threadIdx.x % (2 * o) == 0) s[threadIdx.x] += s[threadIdx.x + o];
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) atomicAdd(sum, s[0]);
+}
+extern "C" __global__ void reduce_sequential(const float* x, float* sum, int n) {
+  __shared__ float s[256];
+  int i = blockIdx.x * 512 + threadIdx.x;
+  s[threadIdx.x] = (i < n ? x[i] : 0.0f) + (i + 256 < n ? x[i + 256] : 0.0f);
+  __syncthreads();
+  for (int o = 128; o > 0; o /= 2) {
+    if (threadIdx.x < o) s[threadIdx.x] += s[threadIdx.x + o];
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) atomicAdd(sum, s[0]);
+}
+extern "C" __global__ void reduce_shuffle(const float* x, float* sum, int n) {
+  __shared__ float s[8];
+  int i = blockIdx.x * 512 + threadIdx.x;
+  float v = (i < n ? x[i] : 0.0f) + (i + 256 < n ? x[i + 256] : 0.0f);
+  for (int o = 16; o > 0; o /= 2) v += __shfl_xor_sync(~0u, v, o);
+  if (threadIdx.x % 32 == 0) s[threadIdx.x / 32] = v;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    v = threadIdx.x < 8 ? s[threadIdx.x] : 0.0f;
+    for (int o = 4; o > 0; o /= 2) v += __shfl_xor_sync(~0u, v, o);
+    if (threadIdx.x == 0) atomicAdd(sum, v);
+  }
 }
 
 // --- fp32 matrix products, from the plainest to register tiles -----------------------------------
@@ -340,6 +379,9 @@ def _streams() -> list[Row]:
 
 ROWS = [
     *_streams(),
+    Row("reduce_interleaved", "rtx3050-laptop", 32.6, "GB/s", "[P]", 256, "16 Mi floats"),
+    Row("reduce_sequential", "rtx3050-laptop", 103.9, "GB/s", "[P]", 256, "16 Mi floats"),
+    Row("reduce_shuffle", "rtx3050-laptop", 186.5, "GB/s", "[P]", 256, "16 Mi floats"),
     Row("sgemm_naive", "a6000", 0.3090, "TFLOP/s", "[S]", 1024, "4096³"),
     Row("sgemm_coalesced", "a6000", 1.9865, "TFLOP/s", "[S]", 1024, "4096³"),
     Row("sgemm_shared", "a6000", 2.9803, "TFLOP/s", "[S]", 1024, "4096³, 32×32 tiles"),
@@ -372,6 +414,14 @@ def stream_case(row: Row, module: Module) -> tuple[model.Work, float]:
     return work, streams * 8.0 * n
 
 
+def reduce_case(row: Row, module: Module) -> tuple[model.Work, float]:
+    n = 2**24
+    each = 256 if row.kernel == "reduce_interleaved" else 512
+    args = [np.ones(n, np.float32), np.zeros(1, np.float32), n]
+    work, _ = model.profile(module.kernel(row.kernel), n // each, 256, args, row.device)
+    return work, 4.0 * n
+
+
 def gemm_case(row: Row, module: Module) -> tuple[model.Work, float]:
     size = 4096
     blocks = {
@@ -400,7 +450,7 @@ def evaluate(rows: list[Row], report: Callable[[str], None], terms: bool = False
         target = get_device(row.device).target
         if target not in modules:
             modules[target] = Module.from_cuda(SOURCE, target)
-        case = stream_case if row.kernel.startswith("stream") else gemm_case
+        case = {"stream": stream_case, "reduce": reduce_case}.get(row.kernel[:6], gemm_case)
         work, quantity = case(row, modules[target])
         scale = 1e9 if row.unit == "GB/s" else 1e12
         modelled = model.model(work, row.device, launch=row.launch)
