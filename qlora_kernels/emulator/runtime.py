@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-from . import toolchain
+from . import model, toolchain
 from .devices import Device, get_device, occupancy
 
 __all__ = ["Buffer", "EmulatedRuntime", "Graph", "Launch", "LaunchRequest", "RuntimeFailure"]
@@ -478,6 +478,12 @@ class EmulatedRuntime:
             raise toolchain.ToolchainError(
                 f"{path} calls {missing.group(1)}, which the stand-in CUDA runtime does not have"
             ) from None
+
+    def modelled(self, device: str | Device | None = None) -> list[model.Modelled]:
+        """The *modelled* time of every launch so far, on this device or another (``model.model``;
+        the launches must have been counted)."""
+        on = get_device(device or self.device)
+        return [model.model(model.work_of_launch(one, on)[0], on) for one in self.launches]
 
     # -- memory -----------------------------------------------------------------------------------
 

@@ -275,6 +275,37 @@ def test_listings_that_are_none_are_refused():
         sass.parse(broken)
 
 
+@pytest.mark.parametrize(("target", "opcode"), [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
+def test_tritons_matrix_product_on_each_generation(target, opcode):
+    triton = pytest.importorskip("triton")
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def tile(a, b, c, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+        rows, cols, ks = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+        total = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, K, BK):
+            x = tl.load(a + rows[:, None] * K + (k + ks)[None, :])
+            y = tl.load(b + (k + ks)[:, None] * BN + cols[None, :])
+            total = tl.dot(x, y, total)
+        tl.store(c + rows[:, None] * BN + cols[None, :], total)
+
+    tile.__globals__["tl"] = tl
+    kinds = {"a": "*fp16", "b": "*fp16", "c": "*fp32", "K": "i32"}
+    kinds.update(dict.fromkeys(("BM", "BN", "BK"), "constexpr"))
+    source = ASTSource(triton.jit(tile), kinds, constexprs={"BM": 64, "BN": 64, "BK": 32})
+    built = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32))
+    function = sass.load(built.asm["ptx"])["tile"]
+    matrix = [i for i in function.instructions if i.pipe == "tensor"]
+    assert matrix and {i.base for i in matrix} == {opcode}
+    assert not {i.opcode for i in function.instructions if i.pipe == "unknown"}
+    (loop,) = function.innermost()
+    # Four warps, one trip: 2 · 64 · 64 · 32 operations, whichever instruction does them.
+    each = sum(i.tensor_flops for b in loop.blocks for i in function.blocks[b].instructions)
+    assert 4 * each == 2 * 64 * 64 * 32
+
+
 @pytest.mark.parametrize(
     ("opcode", "pipe"),
     [
