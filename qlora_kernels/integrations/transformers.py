@@ -287,6 +287,15 @@ class QLoRAKernelsQuantizer(HfQuantizer):
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, Linear4bit) and name == "weight"
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            where = [name for name, device in device_map.items() if device == "disk"]
+            raise ValueError(
+                f"device_map puts {', '.join(where[:3])} on disk, where 4-bit layers cannot be: "
+                "give them a device, or raise max_memory"
+            )
+
     def update_device_map(self, device_map: Any) -> Any:
         # As bitsandbytes: quantize where the model will run.
         if device_map is None:

@@ -129,6 +129,14 @@ def test_auto_is_bf16_only_where_the_hardware_has_it(folder: Path) -> None:
         assert default_dtype() == (torch.bfloat16 if has else torch.float32)
 
 
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
+def test_device_maps(folder: Path, device_map, ids) -> None:  # type: ignore[no-untyped-def]
+    if device_map == "auto" and torch.cuda.is_available():
+        pytest.skip("would go to the GPU")
+    model = load(folder, device_map=device_map)
+    assert torch.equal(model(ids).logits, load(folder)(ids).logits)
+
+
 def test_a_format_of_your_own(folder: Path, tmp_path: Path, ids) -> None:  # type: ignore[no-untyped-def]
     fmt = formats.Format("cubes", [((i - 7.5) / 7.5) ** 3 for i in range(16)])
     model = load(folder, quant_type=fmt, blocksize=32)
@@ -542,6 +550,11 @@ def test_a_bad_4_bit_checkpoint_is_named(case: str, folder: Path, tmp_path: Path
         ({"dtype": "bf16"}, ValueError, "dtype must be float32, bfloat16 or float16, got 'bf16'"),
         ({"compute_dtype": torch.int8}, ValueError, "compute_dtype must be"),
         ({"skip_modules": ["model", "lm_head"]}, ValueError, "no linear layer to quantize"),
+        (
+            {"device_map": {"": "cpu", "model.layers.1": "disk"}},
+            ValueError,
+            r"device_map puts model\.layers\.1 on disk",
+        ),
     ],
 )
 def test_bad_values_are_named(folder: Path, kwargs, error, message: str) -> None:  # type: ignore[no-untyped-def]
