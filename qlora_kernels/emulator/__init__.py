@@ -59,3 +59,24 @@ The compiled interpreter is ``csrc/emulator/`` (``_emulator.so``, plain C ABI, l
 """
 
 from __future__ import annotations
+
+from . import decode, devices
+from .decode import Kernel, Param
+from .errors import EmulatorError, KernelError, LaunchError, PtxError
+from .launch import (
+    CHECKS,
+    Counts,
+    Module,
+    Region,
+    Report,
+    Result,
+    emulate,
+    emulate_orders,
+    launch,
+    uninitialized,
+)
+from .ptx import Location
+
+__all__ = ["CHECKS", "Counts", "EmulatorError", "Kernel", "KernelError", "LaunchError", "Location",
+           "Module", "Param", "PtxError", "Region", "Report", "Result", "decode", "devices", "emulate",
+           "emulate_orders", "launch", "uninitialized"]  # fmt: skip

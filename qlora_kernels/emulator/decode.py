@@ -1,0 +1,716 @@
+"""From a parsed kernel to the engine's program.
+
+Calls are inlined (device code has no recursion worth the name), control flow is cut into basic blocks
+and these are put in an order in which lanes that parted meet again, virtual registers are packed
+into few slots by their live ranges, and every operand becomes an offset into a warp's register
+file. `isa` says what each instruction is to the engine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import ptx
+from .errors import PtxError
+from .isa import Const, Emitted, Emitter, Reg
+
+__all__ = ["Decoded", "Kernel", "Param", "Row", "decode"]
+
+PARAM_BASE = 3 << 56  # where a kernel's parameters lie if their address is taken
+
+INST = np.dtype(
+    [("op", "<u4"), ("guard", "<i4"), ("guard_xor", "<u4"), ("flags", "<u4"), ("o", "<i4", 6),
+     ("id", "<u4"), ("n", "<u4"), ("list", "<i4"), ("taint", "<i4"), ("imm", "<i8"), ("imm2", "<i8")]
+)  # fmt: skip
+BLOCK = np.dtype([("first", "<i4"), ("last", "<i4"), ("next", "<i4"), ("sync", "<i4")])
+
+TAINT, CONTROL, STRONG, ACQUIRE, RELEASE, CONST, CHECK = 1, 2, 4, 8, 16, 32, 64
+UNCOUNTED = 128
+
+SPECIALS = {
+    "%tid.x": 0, "%tid.y": 1, "%tid.z": 2, "%ntid.x": 3, "%ntid.y": 4, "%ntid.z": 5, "%ctaid.x": 6,
+    "%ctaid.y": 7, "%ctaid.z": 8, "%nctaid.x": 9, "%nctaid.y": 10, "%nctaid.z": 11, "%laneid": 12,
+    "%warpid": 13, "%nwarpid": 14, "%smid": 15, "%nsmid": 16, "%gridid": 17, "%lanemask_eq": 18,
+    "%lanemask_lt": 19, "%lanemask_le": 20, "%lanemask_gt": 21, "%lanemask_ge": 22,
+    "%dynamic_smem_size": 23, "%total_smem_size": 24, "%clusterid.x": 6, "%clusterid.y": 7,
+    "%clusterid.z": 8, "%nclusterid.x": 9, "%nclusterid.y": 10, "%nclusterid.z": 11,
+}  # fmt: skip
+FIXED = {"%cluster_ctaid.x": 0, "%cluster_ctaid.y": 0, "%cluster_ctaid.z": 0, "%cluster_nctaid.x": 1,
+         "%cluster_nctaid.y": 1, "%cluster_nctaid.z": 1, "%cluster_ctarank": 0,
+         "%cluster_nctarank": 1}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Param:
+    """A kernel's parameter. ``pointer``: declared with ``.ptr`` (Triton does, nvcc does not)."""
+
+    name: str
+    offset: int
+    size: int
+    align: int
+    type: str
+    pointer: bool
+
+
+@dataclass
+class Row:
+    """One PTX instruction that may run: what reports and counts refer to."""
+
+    index: int
+    opcode: str
+    text: str
+    ptx_line: int
+    loc: ptx.Location | None
+    block: int = -1
+    function: str = ""
+    engine: str = ""
+
+
+@dataclass
+class Decoded:
+    """The program in the engine's form; see csrc/emulator/engine.h."""
+
+    inst: np.ndarray
+    block: np.ndarray
+    lists: np.ndarray
+    constants: np.ndarray
+    special: np.ndarray
+    relocations: list[tuple[int, str, int]]
+    register_bytes: int
+    n_pred: int
+    local_bytes: int
+    shared_granule: int
+    has_taint: bool
+    taint_init: np.ndarray
+    shared_variables: list[tuple[str, int, int]]  # name, offset, size
+    dynamic_offset: int
+    static_shared: int
+    writes: set[str] | None
+    uses_dynamic: bool
+
+
+@dataclass
+class Kernel:
+    """A kernel of a module, ready to run. See the package's docstring."""
+
+    module: Any
+    name: str
+    function: ptx.Function
+    params: list[Param]
+    param_bytes: int
+    rows: list[Row] = field(default_factory=list)
+    decoded: Decoded | None = None
+
+    @property
+    def instructions(self) -> list[Row]:
+        self.program  # noqa: B018  (decoding fills the rows)
+        return self.rows
+
+    @property
+    def program(self) -> Decoded:
+        if self.decoded is None:
+            self.decoded = decode(self)
+        return self.decoded
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        return [(int(b["first"]), int(b["last"])) for b in self.program.block]
+
+    @property
+    def target(self) -> str:
+        return self.module.target
+
+    @property
+    def static_shared(self) -> int:
+        """Bytes of the ``.shared`` variables with a size."""
+        return self.program.static_shared
+
+    @property
+    def uses_dynamic_shared(self) -> bool:
+        return self.program.uses_dynamic
+
+    def _directive(self, name: str) -> list[int] | None:
+        return self.function.directives.get(name)
+
+    @property
+    def max_threads(self) -> int | None:
+        value = self._directive("maxntid")
+        return int(np.prod(value)) if value else None
+
+    @property
+    def required_threads(self) -> tuple[int, int, int] | None:
+        value = self._directive("reqntid")
+        return tuple((value + [1, 1])[:3]) if value else None  # type: ignore[return-value]
+
+    @property
+    def min_blocks(self) -> int | None:
+        value = self._directive("minnctapersm")
+        return value[0] if value else None
+
+    def __repr__(self) -> str:
+        return f"<Kernel {self.name}: {len(self.params)} parameters, {self.target}>"
+
+
+def make_kernel(module: Any, function: ptx.Function) -> Kernel:
+    offset, params = 0, []
+    for v in function.params:
+        offset = -(-offset // v.align) * v.align
+        params.append(Param(v.name, offset, v.size, v.align, v.type, v.pointer))
+        offset += v.size
+    return Kernel(module, function.name, function, params, offset)
+
+
+# ------------------------------------------------------------------------------------------------
+# Flattening: calls inlined, names made unique
+
+
+@dataclass
+class _Item:
+    """An instruction in the flat program, with the names of its instance."""
+
+    ins: ptx.Instruction
+    prefix: str
+    function: ptx.Function
+    row: int
+
+
+@dataclass
+class _Mark:
+    label: str
+
+
+class _Flat:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel, self.module = kernel, kernel.module.parsed
+        self.items: list[_Item | _Mark] = []
+        self.targets: dict[str, list[str]] = {}
+        self.types: dict[str, str] = {}
+        self.local: dict[str, int] = {}
+        self.local_bytes = 0
+        self.shared: dict[str, ptx.Variable] = {}
+        self.alias: dict[str, str] = {}
+        self.rows: dict[tuple[str, int, int], int] = {}
+        self.lines = kernel.module.text.split("\n")
+        self.instances = 0
+        self.return_label: dict[str, str] = {}
+        self.walk(kernel.function, "", [])
+
+    def local_variable(self, name: str, size: int, align: int) -> None:
+        at = -(-self.local_bytes // align) * align
+        self.local[name] = at
+        self.local_bytes = at + size
+
+    def row(self, function: ptx.Function, ins: ptx.Instruction) -> int:
+        key = (function.name, ins.line, ins.column)
+        if key not in self.rows:
+            text = self.lines[ins.line - 1].strip()
+            index = len(self.kernel.rows)
+            self.kernel.rows.append(Row(index, ins.opcode, text, ins.line, ins.loc, -1, function.name))
+            self.rows[key] = index
+        return self.rows[key]
+
+    def walk(self, f: ptx.Function, prefix: str, stack: list[str]) -> None:
+        if f.body is None:
+            raise PtxError(f"{f.name} has no body: it is defined in another file, which must be linked "
+                           "in (nvcc without -rdc=true puts everything into one)", f.line)  # fmt: skip
+        for name, v in f.variables.items():
+            if v.space == "shared":
+                self.shared[name] = v
+            elif v.space in ("local", "param"):
+                self.local_variable(prefix + name, v.size, max(v.align, 8 if v.space == "param" else 1))
+        exit_label = prefix + "<return>"
+        body = f.body
+        k = 0
+        while k < len(body):
+            x = body[k]
+            k += 1
+            if isinstance(x, ptx.Label):
+                self.items.append(_Mark(prefix + x.name))
+            elif isinstance(x, ptx.BranchTargets):
+                self.targets[prefix + x.name] = [prefix + n for n in x.labels]
+            elif x.base == "call":
+                self.call(f, x, prefix, stack)
+            elif x.base == "ret" and stack:
+                jump = ptx.Instruction("bra", [ptx.Symbol("<return>")], x.guard, x.line, x.column, x.loc)
+                self.items.append(_Item(jump, prefix, f, self.row(f, x)))
+            else:
+                self.items.append(_Item(x, prefix, f, self.row(f, x)))
+        if stack:
+            self.items.append(_Mark(exit_label))
+
+    def call(self, f: ptx.Function, x: ptx.Instruction, prefix: str, stack: list[str]) -> None:
+        parts = list(x.operands)
+        returns = parts.pop(0).items if isinstance(parts[0], ptx.Group) and len(parts) > 1 else ()
+        target = parts.pop(0)
+        given = parts.pop(0).items if parts and isinstance(parts[0], ptx.Group) else ()
+        name = getattr(target, "name", "?")
+        if isinstance(target, ptx.Register) or f.register_type(name):
+            raise self.error(x, "an indirect call (through a register): not executed")
+        callee = self.module.functions.get(name)
+        if name in ("vprintf", "__assertfail", "malloc", "free"):
+            if name in ("malloc", "free"):
+                raise self.error(x, f"{name} on the device: not executed")
+            row = self.row(f, x)
+            call = ptx.Instruction(f"<{name}>", [*returns, *given], x.guard, x.line, x.column, x.loc)
+            self.items.append(_Item(call, prefix, f, row))
+            return
+        if callee is None:
+            raise self.error(x, f"a call of {name}, which the module does not have")
+        if name in stack or name == self.kernel.name:
+            raise self.error(x, f"{name} calls itself: recursion is not executed")
+        if len(given) != len(callee.params) or len(returns) != len(callee.returns):
+            raise self.error(x, f"{name} takes {len(callee.params)} arguments and returns "
+                                f"{len(callee.returns)}, not {len(given)} and {len(returns)}")  # fmt: skip
+        self.instances += 1
+        inner = f"{name}#{self.instances}:"
+        row = self.row(f, x)
+        skip = None
+        if x.guard is not None:
+            skip = f"{inner}<skip>"
+            guard = ptx.Register(x.guard.name, not x.guard.negated)
+            jump = ptx.Instruction("bra", [ptx.Symbol("<label>" + skip)], guard, x.line, x.column, x.loc)
+            self.items.append(_Item(jump, prefix, f, row))
+        before = []
+        for formal, actual in zip(callee.params, given, strict=True):
+            if isinstance(actual, ptx.Symbol) and not f.register_type(actual.name):
+                self.alias[inner + formal.name] = self.alias.get(prefix + actual.name, prefix + actual.name)
+            else:  # a register or a constant
+                if formal.space == "reg":
+                    raise self.error(x, "a call with .reg parameters: not executed")
+                self.local_variable(inner + formal.name, formal.size, 8)
+                op = f"st.param.b{8 * formal.size}"
+                before.append(ptx.Instruction(op, [ptx.Memory(ptx.Symbol("<name>" + inner + formal.name)), actual],
+                                              None, x.line, x.column, x.loc))  # fmt: skip
+        after = []
+        for formal, actual in zip(callee.returns, returns, strict=True):
+            if isinstance(actual, ptx.Symbol) and not f.register_type(actual.name):
+                self.alias[inner + formal.name] = self.alias.get(prefix + actual.name, prefix + actual.name)
+            else:
+                self.local_variable(inner + formal.name, formal.size, 8)
+                op = f"ld.param.b{8 * formal.size}"
+                after.append(ptx.Instruction(op, [actual, ptx.Memory(ptx.Symbol("<name>" + inner + formal.name))],
+                                             None, x.line, x.column, x.loc))  # fmt: skip
+        self.items += [_Item(i, prefix, f, row) for i in before]
+        self.walk(callee, inner, [*stack, name])
+        self.items += [_Item(i, prefix, f, row) for i in after]
+        if skip:
+            self.items.append(_Mark(skip))
+
+    def error(self, x: ptx.Instruction, message: str) -> PtxError:
+        return PtxError(message, x.line, x.column, self.lines[x.line - 1])
+
+
+# ------------------------------------------------------------------------------------------------
+# Blocks
+
+
+@dataclass
+class _Block:
+    start: int  # first emitted instruction
+    end: int
+    sync: bool = False
+    succ: list[int] = field(default_factory=list)
+    next: int = -1
+    target: str | None = None
+    labels: list[str] = field(default_factory=list)
+
+
+def _order(blocks: list[_Block]) -> list[int]:
+    """A topological order in which every loop is contiguous and begins with its head."""
+    reachable: set[int] = set()
+    todo = [0]
+    while todo:
+        b = todo.pop()
+        if b in reachable:
+            continue
+        reachable.add(b)
+        todo += blocks[b].succ
+
+    out: list[int] = []
+
+    def components(nodes: set[int], root: int) -> Iterable[list[int]]:
+        """Strongly connected components, those that come first first (Tarjan, without recursion)."""
+        index: dict[int, int] = {}
+        low: dict[int, int] = {}
+        on: set[int] = set()
+        stack: list[int] = []
+        found: list[list[int]] = []
+        for start in [root, *sorted(nodes)]:
+            if start in index:
+                continue
+            work = [(start, iter(sorted((s for s in blocks[start].succ if s in nodes), reverse=True)))]
+            index[start] = low[start] = len(index)
+            stack.append(start)
+            on.add(start)
+            while work:
+                v, edges = work[-1]
+                for w in edges:
+                    if w not in index:
+                        index[w] = low[w] = len(index)
+                        stack.append(w)
+                        on.add(w)
+                        work.append((w, iter(sorted((s for s in blocks[w].succ if s in nodes), reverse=True))))
+                        break
+                    if w in on:
+                        low[v] = min(low[v], index[w])
+                else:
+                    work.pop()
+                    if work:
+                        low[work[-1][0]] = min(low[work[-1][0]], low[v])
+                    if low[v] == index[v]:
+                        part = []
+                        while True:
+                            w = stack.pop()
+                            on.discard(w)
+                            part.append(w)
+                            if w == v:
+                                break
+                        found.append(part)
+        return reversed(found)
+
+    def arrange(nodes: set[int], root: int) -> None:
+        for part in components(nodes, root):
+            head = part[-1]
+            if len(part) == 1:
+                out.append(head)
+                continue
+            out.append(head)
+            rest = set(part) - {head}
+            inside = [s for s in blocks[head].succ if s in rest]
+            arrange(rest, inside[0] if inside else min(rest))
+
+    arrange(reachable, 0)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def decode(kernel: Kernel) -> Decoded:
+    kernel.rows.clear()
+    flat = _Flat(kernel)
+    emitter = Emitter(flat, kernel)
+    labels: dict[str, int] = {}
+    for item in flat.items:
+        if isinstance(item, _Mark):
+            labels[item.label] = len(emitter.out)
+            emitter.leaders.add(len(emitter.out))
+        else:
+            emitter.emit(item)
+    code = emitter.out
+    if not code or not code[-1].ends:
+        emitter.implicit_exit(kernel.function)
+        code = emitter.out
+
+    # Blocks
+    leaders = {0} | {k for k in emitter.leaders if k < len(code)}
+    for k, e in enumerate(code):
+        if e.branch is not None or e.ends or e.stops:
+            leaders.add(k + 1)
+        if e.sync:
+            leaders.add(k)
+    starts = sorted(k for k in leaders if k < len(code))
+    at = {k: n for n, k in enumerate(starts)}
+    blocks = [_Block(s, e, code[s].sync) for s, e in zip(starts, [*starts[1:], len(code)], strict=True)]
+
+    def block_of(label: str, e: Emitted) -> int:
+        if label not in labels:
+            row = kernel.rows[e.row]
+            raise PtxError(f"a branch to {label}, which the function does not have", row.ptx_line, 0, row.text)
+        return at[labels[label]] if labels[label] in at else len(blocks)
+
+    for n, b in enumerate(blocks):
+        last = code[b.end - 1]
+        follows = n + 1 if n + 1 < len(blocks) else -1
+        if last.branch is not None:
+            b.succ = [block_of(t, last) for t in last.branch]
+            last.targets = b.succ[:]
+            if last.guard is not None:
+                b.next = follows
+        elif last.ends:
+            b.next = follows if last.guard is not None else -1
+        else:
+            b.next = follows
+        if b.next >= 0:
+            b.succ = [*b.succ, b.next]
+    order = _order(blocks)
+    position = {b: k for k, b in enumerate(order)}
+
+    # Liveness, by blocks, as bit sets
+    regs: dict[str, int] = {}
+
+    def bit(name: str) -> int:
+        return 1 << regs.setdefault(name, len(regs))
+
+    def mask(names: Iterable[str]) -> int:
+        m = 0
+        for name in names:
+            m |= bit(name)
+        return m
+
+    use, kill = {}, {}
+    for b in order:
+        u = k_ = 0
+        for e in code[blocks[b].start : blocks[b].end]:
+            u |= mask(e.uses) & ~k_
+            if e.guard is not None:
+                u |= bit(e.guard[0]) & ~k_
+            else:
+                k_ |= mask(e.defs)
+        use[b], kill[b] = u, k_
+    live_in = dict.fromkeys(order, 0)
+    live_out = dict.fromkeys(order, 0)
+    changed = True
+    while changed:
+        changed = False
+        for b in reversed(order):
+            o = 0
+            for s in blocks[b].succ:
+                o |= live_in.get(s, 0)
+            i = use[b] | (o & ~kill[b])
+            if i != live_in[b] or o != live_out[b]:
+                live_in[b], live_out[b] = i, o
+                changed = True
+    names = list(regs)
+    undefined = [n for n in names if live_in[0] >> regs[n] & 1] if order else []
+
+    # Live ranges over the final order
+    first: dict[str, int] = {}
+    final: dict[str, int] = {}
+    where = 0
+    spans = {}
+    for b in order:
+        spans[b] = (where, where + blocks[b].end - blocks[b].start)
+        where = spans[b][1]
+
+    def touch(name: str, at_: int) -> None:
+        if name not in first:
+            first[name] = final[name] = at_
+        else:
+            first[name] = min(first[name], at_)
+            final[name] = max(final[name], at_)
+
+    def each(bits: int) -> Iterable[str]:
+        while bits:
+            low = bits & -bits
+            yield names[low.bit_length() - 1]
+            bits ^= low
+
+    for b in order:
+        s, t = spans[b]
+        for name in each(live_in[b]):
+            touch(name, s)
+        for name in each(live_out[b]):
+            touch(name, t)
+        for k, e in enumerate(code[blocks[b].start : blocks[b].end]):
+            for name in e.defs:
+                touch(name, s + k)
+                if e.early:
+                    touch(name, s + k - 0)
+            for name in e.uses:
+                touch(name, s + k)
+            if e.guard is not None:
+                touch(e.guard[0], s + k)
+
+    # Slots: 128 bytes for 32-bit lanes, 256 for 64-bit ones; predicates apart
+    slots: dict[str, int] = {}
+    preds: dict[str, int] = {}
+    free32: list[int] = []
+    free64: list[int] = []
+    top = 0
+    special_names = [n for n in names if n in emitter.specials]
+    special = []
+    for n in special_names:
+        wide = emitter.types[n] == 64
+        slots[n] = top
+        special.append((emitter.specials[n], top))
+        top += 256 if wide else 128
+    # A destination never shares its slot with a source of the same instruction that dies there: some
+    # operations write before they have read everything. So a slot is free after the last use.
+    active: list[tuple[int, str]] = []
+    import heapq
+
+    for name in sorted(first, key=lambda n: first[n]):
+        if name in slots:
+            continue
+        width = emitter.types[name]
+        if width == 1:
+            preds[name] = len(preds)
+            continue
+        while active and active[0][0] < first[name]:
+            _, old = heapq.heappop(active)
+            (free64 if emitter.types[old] == 64 else free32).append(slots[old])
+        pool = free64 if width == 64 else free32
+        if pool:
+            slots[name] = pool.pop()
+        else:
+            slots[name] = top
+            top += 256 if width == 64 else 128
+        heapq.heappush(active, (final[name], name))
+    register_bytes = max(top, 128)
+
+    # What may be undefined, and all that is computed from it
+    doubtful = set(undefined) - set(special_names)
+    spread = bool(doubtful)
+    if spread:
+        changed = True
+        reads_memory = False
+        while changed:
+            changed = False
+            for b in order:
+                for e in code[blocks[b].start : blocks[b].end]:
+                    dirty = any(u in doubtful for u in e.uses) or (
+                        e.guard is not None and e.guard[0] in doubtful
+                    )
+                    if e.memory == "store" and not reads_memory and dirty:
+                        reads_memory = changed = True
+                    if dirty or (e.memory == "load" and reads_memory):
+                        for d in e.defs:
+                            if d not in doubtful:
+                                doubtful.add(d)
+                                changed = True
+
+    def taint_index(name: str) -> int:
+        return register_bytes // 128 + preds[name] if name in preds else slots[name] // 128
+
+    # Encoding
+    n_code = sum(blocks[b].end - blocks[b].start for b in order)
+    inst = np.zeros(n_code, INST)
+    lists: list[int] = [0]
+    pool: dict[Any, int] = {}
+    data = bytearray()
+    relocations: list[tuple[int, str, int]] = []
+
+    def constant(c: Const) -> int:
+        key = (c.bits, c.width, c.symbol)
+        if key not in pool:
+            pool[key] = len(data)
+            size = 8 if c.width == 64 else 4
+            if c.symbol is not None:
+                relocations.append((len(data), c.symbol, c.bits))
+                data.extend(bytes(32 * size))
+            else:
+                data.extend((c.bits & ((1 << 8 * size) - 1)).to_bytes(size, "little") * 32)
+        return pool[key] | 1
+
+    def operand(x: Any) -> int:
+        if x is None:
+            return -1
+        if isinstance(x, Reg):
+            return preds[x.name] if emitter.types[x.name] == 1 else slots[x.name]
+        if isinstance(x, Const):
+            return constant(x)
+        return int(x)
+
+    block_array = np.zeros(len(order), BLOCK)
+    at_ = 0
+    op_ids = emitter.op_ids
+    for n, b in enumerate(order):
+        blk = blocks[b]
+        block_array[n] = (at_, at_ + blk.end - blk.start, position.get(blk.next, -1) if blk.next >= 0 else -1, blk.sync)
+        for e in code[blk.start : blk.end]:
+            r = inst[at_]
+            r["op"] = op_ids[e.op]
+            row = kernel.rows[e.row]
+            if row.block < 0:
+                row.block, row.engine = n, e.op
+            r["id"] = e.row
+            r["guard"] = -1
+            if e.guard is not None:
+                r["guard"] = preds[e.guard[0]]
+                r["guard_xor"] = 0xFFFFFFFF if e.guard[1] else 0
+            flags = e.flags | (CONTROL if e.branch is not None or e.ends else 0)
+            o = [operand(x) for x in e.o]
+            r["o"] = o + [-1] * (6 - len(o))
+            r["n"] = e.n
+            r["imm"], r["imm2"] = e.imm, e.imm2
+            if e.branch is not None:
+                if len(e.branch) == 1 and e.op == "bra":
+                    r["imm"] = position[e.targets[0]]
+                else:
+                    r["list"] = len(lists)
+                    r["n"] = len(e.targets)
+                    lists += [position[t] for t in e.targets]
+            elif e.items is not None:
+                r["list"] = len(lists)
+                lists += [operand(x) for x in e.items]
+            elif e.list_values is not None:
+                r["list"] = len(lists)
+                lists += e.list_values
+            r["taint"] = -1
+            if spread:
+                taint(e, r, doubtful, taint_index, lists)
+                if r["taint"] >= 0:
+                    flags |= TAINT | (CHECK if e.memory else 0)
+                elif e.branch is not None and e.guard is not None and e.guard[0] in doubtful:
+                    flags |= TAINT
+            r["flags"] = flags
+            at_ += 1
+
+    taint_init = [taint_index(n) for n in undefined if n in slots or n in preds] if spread else []
+    layout, static, dynamic = emitter.shared_layout()
+    result = Decoded(
+        inst=inst, block=block_array, lists=np.array(lists, np.int32),
+        constants=np.frombuffer(bytes(data) or bytes(8), np.uint8).copy(),
+        special=np.array(special or [(25, 0)], np.int32).reshape(-1, 2)[: len(special)].copy(),
+        relocations=relocations, register_bytes=register_bytes, n_pred=max(1, len(preds)),
+        local_bytes=-(-flat.local_bytes // 16) * 16, shared_granule=1 if emitter.narrow_shared else 4,
+        has_taint=spread, taint_init=np.array(taint_init, np.int32), shared_variables=layout,
+        dynamic_offset=dynamic, static_shared=static, writes=emitter.written(code, kernel),
+        uses_dynamic=emitter.uses_dynamic,
+    )  # fmt: skip
+    return result
+
+
+def taint(e: Emitted, r: Any, doubtful: set[str], index: Any, lists: list[int]) -> None:
+    """The description that csrc/emulator/machine.h's taint_step reads."""
+    sources = [u for u in e.uses if u in doubtful]
+    targets = [d for d in e.defs if d in doubtful]
+    guard = e.guard is not None and e.guard[0] in doubtful
+    if not sources and not targets and not guard:
+        return
+    if e.branch is not None or e.ends:
+        return
+    r["taint"] = len(lists)
+    if e.memory:
+        # (address, guard, values...), -1 for none
+        address = index(e.address) if e.address in doubtful else -1
+        g = index(e.guard[0]) if guard and e.guard is not None else -1
+        values = [index(u) for u in e.values if u in doubtful]
+        if e.op in ("ldmatrix",):
+            out = [index(d) if d in doubtful else -1 for d in e.defs]
+        else:
+            out = [index(d) for d in targets]
+        lists += [0, len(out), *out, 2 + len(values), address, g, *values]
+    elif e.op.startswith("shfl"):
+        a = e.o[2]
+        src = index(a.name) if isinstance(a, Reg) and a.name in doubtful else -1
+        if src < 0:
+            lists += [2, len(targets), *[index(d) for d in targets], 0]
+        else:
+            lists += [5, len(targets), *[index(d) for d in targets], 1, src]
+    elif e.op.startswith("selp"):
+        three = [index(x.name) if isinstance(x, Reg) and x.name in doubtful else -1 for x in (e.o[1], e.o[2], e.o[3])]
+        lists += [1, len(targets), *[index(d) for d in targets], 3, *three]
+    elif e.op == "mma":
+        nd, na, nb = e.parts
+        regs = e.items or []
+        ix = [index(x.name) if isinstance(x, Reg) else -1 for x in regs]
+        if any(i < 0 for i in ix):  # constants among the operands
+            lists += [0, len(targets), *[index(d) for d in targets], len(sources), *[index(u) for u in sources]]
+        else:
+            lists += [3, nd, *ix[:nd], len(ix) - nd, *ix[nd:], na, nb]
+    elif e.op.startswith(("vote", "match", "redux")):
+        lists += [4, len(targets), *[index(d) for d in targets], len(sources), *[index(u) for u in sources]]
+    else:
+        lists += [0, len(targets), *[index(d) for d in targets], len(sources), *[index(u) for u in sources]]
+
+
+def is_identifier(name: str) -> bool:
+    return re.fullmatch(r"[\w$%.~#:<>]+", name) is not None
