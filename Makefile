@@ -27,6 +27,8 @@ PYTHON_SOURCES := setup.py qlora_kernels tests $(wildcard benchmarks) $(wildcard
 export QLORA_KERNELS_WERROR ?= $(if $(CI),1,0)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 TEST_JOBS ?= 2
+# One script a question; names with an underscore in front are what they share.
+BENCHMARKS ?= $(wildcard benchmarks/[a-z]*.py)
 
 .PHONY: help
 help:
@@ -57,14 +59,14 @@ build: $(VENV)/package.stamp
 
 .PHONY: demo bench
 demo: build
-	@$(PY) -m qlora_kernels.cli demo $(DEMO_ARGS)
+	@$(VENV)/bin/qlora demo $(DEMO_ARGS)
 
 bench: setup build
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script; done
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(PY) $$script; done
 
 # --- checks --------------------------------------------------------------------------------------
 
-.PHONY: lint format types test test-full test-sanitize test-sanitize-quick
+.PHONY: lint format types test test-full test-sanitize
 lint: setup
 	@$(VENV)/bin/ruff check $(PYTHON_SOURCES)
 	@$(VENV)/bin/ruff format --check $(PYTHON_SOURCES)
@@ -83,6 +85,18 @@ test: lint types build
 
 test-full: lint types build
 	@$(PY) -m pytest -q -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+
+# The kernels' own tests and the seeded walk of tests/native/sweep.py, on a build with ASan and UBSan.
+# `make test` has a short walk of it. Leaks are not looked for: Python frees little when it ends.
+SANITIZE_TESTS ?= $(wildcard tests/test_quantize.py tests/test_dequantize.py tests/test_linear*.py)
+compiler_file = $(shell $${CXX:-c++} -print-file-name=$(1))
+test-sanitize: setup build
+	@$(PY) setup.py --quiet build_variant --kind=sanitize
+	@LD_PRELOAD="$(call compiler_file,libasan.so) $(call compiler_file,libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	QLORA_KERNELS_OPS="$$(echo $(CURDIR)/build/sanitize-*/_ops.abi3.so)" \
+	$(PY) -m pytest -q -p no:cacheprovider -m "not full" $(SANITIZE_TESTS) $(PYTEST_ARGS)
+	@$(PY) -m pytest -q -k sanitize tests/test_native_variants.py
 
 # --- cleaning ------------------------------------------------------------------------------------
 

