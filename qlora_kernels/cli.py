@@ -1,9 +1,9 @@
 """The command ``qlora``.
 
 Each command is a module, imported only when it is called, with ``add_arguments(parser)`` and
-``run(arguments)``; one without ``add_arguments`` gets its words as they are. What is wrong with what the user gave ends in one line and exit
-code 2, a run that could not go on in 1, an interrupted one in 128 and the signal's number; only
-defects have a traceback.
+``run(arguments)``; one without ``add_arguments`` gets its words as they are. What is wrong with
+what the user gave ends in one line and exit code 2, a run that could not go on in 1, an interrupted
+one in 128 and the signal's number; only defects have a traceback.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import importlib
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
 # Name: module, what it does, an example.
@@ -79,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: Sequence[str]) -> int:
     from .finetune.errors import BadInput, Interrupted, RunError
 
+    # PEFT asks transformers by a name that transformers calls deprecated.
+    warnings.filterwarnings("ignore", ".*_gradient_checkpointing` is deprecated", FutureWarning)
     module_name, what, example = COMMANDS[name]
     try:
         module = importlib.import_module(module_name)

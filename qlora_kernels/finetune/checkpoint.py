@@ -245,6 +245,11 @@ class CheckpointStore:
                 ) from error
             yield
 
+    def forget(self) -> None:
+        """Takes the folder away again where nothing has come into it."""
+        if [p.name for p in self.folder.iterdir()] == [".lock"]:
+            shutil.rmtree(self.folder)
+
     def sweep(self) -> None:
         """Deletes what a killed process left half-written or half-deleted."""
         for path in self.folder.glob(".writing-*"):

@@ -234,6 +234,10 @@ def _coerce(hint: Any, value: Any) -> Any:
     enums = [c for c in choices if isinstance(c, type) and issubclass(c, enum.Enum)]
     if enums:  # "OptimizerNames | str": the plain str is there for its subclass only
         choices = [c for c in choices if c is not str]
+    if isinstance(value, str) and str in choices:
+        # A word stays one where that is offered; JSON in braces says that it is more.
+        words = (types.NoneType, bool, int, float, str)
+        choices = [c for c in choices if c in words or value.lstrip().startswith("{")]
     for choice in sorted(choices, key=rank):
         try:
             return _one_of(choice, value)
@@ -554,6 +558,9 @@ def resolve(overrides: Mapping[str, Any], file: Mapping[str, Any] | None = None)
     keys = known_keys()
     values = {k: key.default for k, key in keys.items() if k not in REFUSED}
     for name, value in given.items():
+        if name in REFUSED:
+            _check_refused(keys[name], value)
+            continue
         try:
             if str(value) == keys[name].default:  # "none" of report_to is a word, not nothing
                 value = keys[name].default
@@ -561,10 +568,6 @@ def resolve(overrides: Mapping[str, Any], file: Mapping[str, Any] | None = None)
                 value = _plain(_coerce(keys[name].hint, value))
         except (ValueError, TypeError) as error:
             raise BadInput(f"{name}: {error}") from error
-        if name in REFUSED:
-            if value != keys[name].default and value not in HARMLESS.get(name, ()):
-                raise BadInput(f"{name} cannot be honoured: {REFUSED[name]}")
-            continue
         values[name] = value
 
     values["target_modules"] = _module_names(values["target_modules"])
@@ -574,6 +577,16 @@ def resolve(overrides: Mapping[str, Any], file: Mapping[str, Any] | None = None)
             raise BadInput(f"{name} is missing: {keys[name].help}")
     _check(values)
     return FinetuneConfig(values, frozenset(given) - frozenset(REFUSED), _unique(notices))
+
+
+def _check_refused(key: Key, value: Any) -> None:
+    """Raises BadInput unless ``value`` is what is done anyway."""
+    try:
+        value = _plain(_coerce(key.hint, value))
+    except (ValueError, TypeError):
+        pass  # whatever it is, the reason below is the one to tell
+    if value != key.default and value not in HARMLESS.get(key.name, ()):
+        raise BadInput(f"{key.name} cannot be honoured: {REFUSED[key.name]}")
 
 
 def _module_names(value: Any) -> Any:

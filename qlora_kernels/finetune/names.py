@@ -260,10 +260,14 @@ def _mmlu(value: Any) -> Mapping[str, Any]:
 def _full_finetune(value: Any) -> Mapping[str, Any]:
     if to_bool(value):
         raise BadInput(
-            "full_finetune trains all weights, which 4-bit weights cannot be; this "
+            "full_finetune (use_peft false) trains all weights, which 4-bit ones cannot be; this "
             "command trains LoRA adapters"
         )
     return {}
+
+
+def _use_peft(value: Any) -> Mapping[str, Any]:
+    return _full_finetune(not to_bool(value))
 
 
 _GENERATION = (
@@ -304,9 +308,7 @@ TRANSLATED: dict[str, Translation] = {
     "lora_target_parameters": _renamed("target_parameters"),
     "lora_modules_to_save": _renamed("modules_to_save"),
     "lora_task_type": Translation(_task, "CAUSAL_LM is how it always is here"),
-    "use_peft": Translation(
-        lambda v: {} if to_bool(v) else _full_finetune(True), "true is how it always is here"
-    ),
+    "use_peft": Translation(_use_peft, "true is how it always is here"),
     "load_in_4bit": Translation(_load_in_4bit, "is quant_type"),
     "load_in_8bit": _only_false("load_in_8bit: 8-bit weights are not offered; 4-bit ones are"),
     "bnb_4bit_quant_type": _renamed("quant_type"),

@@ -68,6 +68,7 @@ from .data import (
     preview,
 )
 from .errors import BadInput, Interrupted, RunError, bad_input
+from .model import load_tokenizer
 from .plan import (
     MemoryPlan,
     StepShape,
@@ -647,10 +648,12 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
     console = console or Console()
     store = CheckpointStore(Path(config.output_dir).expanduser())
     transformers.utils.logging.disable_progress_bar()
-    # PEFT asks transformers by a name that transformers calls deprecated.
-    warnings.filterwarnings("ignore", ".*_gradient_checkpointing` is deprecated", FutureWarning)
     with _Signals(console.print).handled() as signals, store.lock():
-        return _Run(config, console, store, signals).go()
+        try:
+            return _Run(config, console, store, signals).go()
+        except BadInput:
+            store.forget()
+            raise
 
 
 class _Run:
@@ -743,7 +746,7 @@ class _Run:
             self.note("float16 is trained with autocast and a gradient scaler (fp16: true)")
         if config.trust_remote_code:
             self.note("trust_remote_code: code that came with the model will run")
-        self.tokenizer = _load_tokenizer(self.model_folder, config.trust_remote_code)
+        self.tokenizer = load_tokenizer(self.model_folder, config.trust_remote_code)
         context = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
         if context is not None and (config.max_length or 0) > context:
             if "max_length" in config.given:
@@ -1104,25 +1107,6 @@ def _writing_result(folder: Path) -> Iterator[None]:
 
     with _writing(folder / "adapter_model.safetensors"):
         yield
-
-
-def _load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model's folder.
-
-    Raises:
-        BadInput: it is missing, or cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not any((folder / name).is_file() for name in names):
-        raise BadInput(
-            f"{folder} holds no tokenizer ({', '.join(names)}): copy that of the base model there"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise BadInput(f"the tokenizer in {folder} cannot be read: {error}") from error
 
 
 def _what_to_lower(config: Any, shape: StepShape, settings: Mapping[str, Any]) -> str:
