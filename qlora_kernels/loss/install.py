@@ -181,14 +181,13 @@ class LossHandle:
         """Losses that were computed here, from the hidden states."""
         return _calls[self._number]
 
-    def _leave(self, model: nn.Module, reason: str) -> None:
-        """Notes that a loss is left to the model, and says so once."""
+    def _leave(self, model: nn.Module, reason: str, whose: str = "its own loss") -> None:
+        """Notes that a loss is left to somebody else, and says so once."""
         self.fallbacks += 1
         if not self.reason:
             self.reason = reason
             warnings.warn(
-                f"{type(model).__name__}: {reason}, so its own loss is used, which holds all "
-                "logits at once",
+                f"{type(model).__name__}: {reason}, so {whose} is used in place of the fused one",
                 stacklevel=4,
             )
 
@@ -349,12 +348,13 @@ def _forward_for_trl(model: Any, handle: LossHandle, args: tuple, kwargs: dict) 
         or not _is_plain(head)
         or (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()))
     ):
-        handle._leave(model, "TRL asks for more than losses, or trains the output layer")
+        why = "TRL asks for more than losses, or trains the output layer"
+        handle._leave(model, why, "TRL's own loss")
         return trl(*args, fused_lm_head=True, **kwargs)
     found: dict[str, Tensor] = {}
     output, why = _run(model, handle, args, {**kwargs, "use_cache": False}, found)
     if not found:
-        handle._leave(model, why)
+        handle._leave(model, why, "TRL's own loss")
         return trl(*args, fused_lm_head=True, **kwargs)
     from trl.trainer.utils import FusedCausalLMOutput
 
