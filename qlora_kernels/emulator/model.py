@@ -50,7 +50,16 @@ from . import sass, toolchain
 from .devices import Device, Occupancy, get_device, occupancy
 from .sass import Dynamic, Instruction, Loop, tensor_kind
 
-__all__ = ["Modelled", "Work", "model", "profile", "warp_cycles", "wave_bytes", "work_of", "work_of_launch"]
+__all__ = [
+    "Modelled",
+    "Work",
+    "model",
+    "profile",
+    "warp_cycles",
+    "wave_bytes",
+    "work_of",
+    "work_of_launch",
+]
 
 # Cycles until a result can be used. Fixed-latency arithmetic is 4 on every target since Volta;
 # the others are microbenchmarks of arXiv:1804.06826 (Volta), 1903.07486 (Turing) and 2402.13499
@@ -510,14 +519,13 @@ def profile(
     target: str | None = None,
     dram_read: float | None = None,
     dram_write: float | None = None,
-    emulator: Any = None,
     **options: Any,
 ) -> tuple[Work, Dynamic]:
     """Run representative blocks of a launch and put together what all of it does.
 
-    The first block is emulated, and for each dimension of the grid the first two along it, with the
-    arguments of the whole problem: a kernel whose blocks do the same work wherever they are (tiles,
-    not grid-stride loops) is known by them. The first gives instructions (SASS for ``target``, the
+    The first block is emulated, and for each dimension of the grid the first two along it: a kernel
+    whose blocks do the same work wherever they are is known by them (tiles, not edges; a grid-stride
+    loop sees the whole grid). The first gives instructions (SASS for ``target``, the
     device's own by default, times trips), sectors and wavefronts; the pairs show which bytes
     neighbours share, from which ``wave_bytes`` has the traffic of DRAM; ``dram_read`` and
     ``dram_write`` (bytes) overrule it. L1 is taken to serve what a block reads again.
@@ -527,26 +535,22 @@ def profile(
     device = get_device(device)
     shape = tuple(grid) if isinstance(grid, Sequence) else (int(grid),)
     full = (*shape, 1, 1)[:3]
-    if emulator is None:
+
+    def run(*blocks: int) -> Any:
         from . import emulate
 
-        emulator = emulate
-
-    def run(size: tuple[int, int, int]) -> Any:
-        return emulator(
-            kernel, grid=size, block=block, args=args, device=device.key, checks=("counts",),
-            shared_bytes=shared_bytes, **options,
+        return emulate(
+            kernel, full, block, args, device=device, checks=("counts",),
+            shared_bytes=shared_bytes, blocks=blocks, **options,
         ).counts  # fmt: skip
 
-    single = run((1, 1, 1))
-    pairs: list[Any] = []
-    for axis in range(3):
-        size = [1, 1, 1]
-        size[axis] = 2
-        pairs.append(run((size[0], size[1], size[2])) if full[axis] > 1 else None)
+    single = run(0)
+    steps = (1, full[0], full[0] * full[1])
+    pairs = [run(0, s) if n > 1 else None for n, s in zip(full, steps, strict=True)]
 
-    functions = sass.load(kernel.ptx, target or device.target)
-    cubin = toolchain.assemble(kernel.ptx, target or device.target)
+    text = kernel.module.text
+    functions = sass.load(text, target or device.target)
+    cubin = toolchain.assemble(text, target or device.target)
     use = cubin.resources[kernel.name]
     sides = tuple(block) if isinstance(block, Sequence) else (int(block),)
     threads = math.prod(sides)
@@ -562,21 +566,21 @@ def profile(
     sectors = distinct = 0.0
     for index, region in enumerate(single.regions):
         for kind in ("read", "written"):
-            own = 32.0 * getattr(region, f"distinct_{kind}")
+            own = 32.0 * region[f"distinct_{kind}"]
             if own == 0:
                 continue
             fresh = []
             for pair in pairs:
-                both = 32.0 * getattr(pair.regions[index], f"distinct_{kind}") if pair else own
+                both = 32.0 * pair.regions[index][f"distinct_{kind}"] if pair else own
                 fresh.append(min(1.0, max(0.0, both / own - 1.0)))
             moved = wave_bytes(own, fresh, full, wave, device.l2_bytes)
             if kind == "read":
                 read += moved
             else:
                 write += moved
-        sectors += region.sectors_read
-        distinct += region.distinct_read
-    written = sum(region.sectors_written for region in single.regions)
+        sectors += region["sectors_read"]
+        distinct += region["distinct_read"]
+    written = sum(region["sectors_written"] for region in single.regions)
     hits = 1.0 - distinct / sectors if sectors else 0.0
     work = work_of(
         kernel.name, dynamic, device, blocks=blocks, threads=threads, registers=use.registers,
@@ -609,9 +613,9 @@ def work_of_launch(launch: Any, device: str | Device) -> tuple[Work, Dynamic]:
     work = work_of(
         launch.name, dynamic, device, blocks=launch.blocks, threads=launch.threads,
         registers=use.registers, shared=use.shared + launch.shared,
-        dram_read=32.0 * sum(r.distinct_read for r in regions),
-        dram_write=32.0 * sum(r.distinct_written for r in regions),
-        l2_bytes=32.0 * sum(r.sectors_read + r.sectors_written for r in regions),
+        dram_read=32.0 * sum(r["distinct_read"] for r in regions),
+        dram_write=32.0 * sum(r["distinct_written"] for r in regions),
+        l2_bytes=32.0 * sum(r["sectors_read"] + r["sectors_written"] for r in regions),
         wavefronts=float(_rows(counts)["wavefronts"].sum()), l1_cycles=l1_cycles_of(counts, device),
     )  # fmt: skip
     work.barriers = use.barriers

@@ -26,6 +26,7 @@ wrong in words, and leaving the ``with`` raises the first of them unless ``stric
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import random
 import re
@@ -64,7 +65,8 @@ class RuntimeFailure(RuntimeError):
 class Buffer:
     """A stretch of memory that kernels may touch: a registered tensor, an allocation, a variable.
 
-    ``initialized`` is a bool for each byte, or None where all of it is."""
+    ``initialized`` is a byte (0 or 1) for each byte, or None where all of it is; ``dtype`` and
+    ``shape`` let reports name an element."""
 
     address: int
     size: int
@@ -72,6 +74,8 @@ class Buffer:
     initialized: np.ndarray | None = None
     owner: Any = None
     kind: str = "tensor"
+    dtype: Any = "u1"
+    shape: tuple[int, ...] | None = None
 
     def __contains__(self, address: int) -> bool:
         return self.address <= address < self.address + self.size
@@ -93,6 +97,7 @@ class LaunchRequest:
     checks: Any
     seed: int
     cooperative: bool
+    registers: int = 0
     symbols: dict[str, int] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -261,32 +266,49 @@ class _Module:
     resources: dict[str, toolchain.Resources] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
 
+    def _newest(self, pattern: str) -> tuple[str, list[str]]:
+        """The newest PTX with a match that the device can run ("" if none), all targets seen."""
+        number = self.device.capability[0] * 10 + self.device.capability[1]
+        best: tuple[int, str] = (-1, "")
+        seen = []
+        for code in toolchain.extract_ptx(self.path):
+            if not re.search(pattern, code.text):
+                continue
+            version, suffix = _compute(code.target)
+            seen.append(code.target)
+            # Code for "a" runs on that architecture alone.
+            fits = version == number if suffix == "a" else version <= number
+            if fits and version > best[0]:
+                best = (version, code.text)
+        return best[1], sorted(set(seen))
+
     def ptx_for(self, kernel: str) -> str:
         """The newest PTX with this kernel that the device can run."""
         if kernel not in self.texts:
-            number = self.device.capability[0] * 10 + self.device.capability[1]
-            best: tuple[int, str] = (-1, "")
-            seen = []
-            for code in toolchain.extract_ptx(self.path):
-                if not re.search(rf"\.entry\s+{re.escape(kernel)}\b(?!\$)", code.text):
-                    continue
-                version, suffix = _compute(code.target)
-                seen.append(code.target)
-                # Code for "a" runs on that architecture alone.
-                fits = version == number if suffix == "a" else version <= number
-                if fits and (version, suffix) > (best[0], ""):
-                    best = (version, code.text)
-            if best[0] < 0:
+            text, seen = self._newest(rf"\.entry\s+{re.escape(kernel)}\b(?!\$)")
+            if not text:
+                number = self.device.capability[0] * 10 + self.device.capability[1]
                 raise RuntimeFailure(
                     "launch",
                     NO_KERNEL_IMAGE,
                     f"{self.path} has no PTX of {demangle(kernel)} that {self.device} can run: "
-                    + (f"it has {', '.join(sorted(set(seen)))}" if seen else "none at all")
+                    + (f"it has {', '.join(seen)}" if seen else "none at all")
                     + f"; compile with -gencode arch=compute_{number},code=compute_{number} "
                     "or lower",
                 )
-            self.texts[kernel] = best[1]
+            self.texts[kernel] = text
         return self.texts[kernel]
+
+    def initial(self, variable: str, size: int) -> bytes:
+        """What a __device__ or __constant__ variable starts as, or holds by now."""
+        text, _ = self._newest(rf"\.(global|const)\b[^;]*\b{re.escape(variable)}\b")
+        if not text:
+            return bytes(size)
+        module = _parsed(text)
+        if variable in module._memory:
+            return bytes(module._memory[variable])
+        data = module.parsed.variables[variable].data
+        return bytes(data) if data else bytes(size)
 
     def resources_for(self, kernel: str) -> toolchain.Resources:
         """By the cubin that the driver would take, or by ptxas for the PTX if there is none."""
@@ -499,16 +521,44 @@ class EmulatedRuntime:
             if not array.is_contiguous():
                 raise ValueError(f"tensor of shape {tuple(array.shape)} is not contiguous")
             address, size = array.data_ptr(), array.numel() * array.element_size()
+            dtype = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "V16"}[array.element_size()]
         elif isinstance(array, np.ndarray):
             if not array.flags.c_contiguous:
                 raise ValueError(f"array of shape {array.shape} is not contiguous")
-            address, size = array.ctypes.data, array.nbytes
+            address, size, dtype = array.ctypes.data, array.nbytes, array.dtype
         else:
             raise TypeError(f"{type(array).__name__}: expected a torch tensor or a NumPy array")
         if size:
             name = name or f"tensor@{address:#x}"
-            self._buffers[address] = Buffer(address, size, name, None, array)
+            buffer = Buffer(address, size, name, None, array, "tensor", dtype, tuple(array.shape))
+            self._remember(buffer)
         return ctypes.c_void_p(address)
+
+    def _remember(self, new: Buffer) -> None:
+        """Add a tensor's buffer. Views of one memory that are given apart are one buffer."""
+        end = new.address + new.size
+        for old in list(self._buffers.values()):
+            if old.address < end and new.address < old.address + old.size:
+                if old.address <= new.address and end <= old.address + old.size:
+                    if (old.address, old.size) != (new.address, new.size):
+                        return  # a part of what is known
+                    continue
+                start = min(old.address, new.address)
+                end = max(old.address + old.size, end)
+                names = f"{old.name} and {new.name}"
+                owner = (old.owner, new.owner)
+                del self._buffers[old.address]
+                new = Buffer(start, end - start, names, None, owner)
+        self._buffers[new.address] = new
+
+    def empty(self, shape: int | Sequence[int], dtype: Any = np.float32) -> np.ndarray:
+        """An array of zeros at a multiple of 256 bytes, as the device's allocator gives it: on one
+        that NumPy places, sectors and alignment are counted from wherever it lies."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        storage = np.zeros(size + 256, np.uint8)
+        start = -storage.ctypes.data % 256
+        out: np.ndarray = storage[start : start + size].view(dtype).reshape(shape)
+        return out
 
     def forget(self, array: Any) -> None:
         """The counterpart of ``pointer``: touching the array from now on is out of bounds."""
@@ -540,7 +590,7 @@ class EmulatedRuntime:
         except MemoryError:
             raise _Refused(OUT_OF_MEMORY, f"the host has no {size} bytes") from None
         address = storage.ctypes.data + (-storage.ctypes.data) % 256
-        initialized = np.zeros(size, np.bool_) if kind != "host" else None
+        initialized = np.zeros(size, np.uint8) if kind != "host" else None
         count = sum(b.kind == kind for b in self._buffers.values())
         name = f"{kind} allocation {count} ({size} bytes)"
         self._buffers[address] = Buffer(address, size, name, initialized, storage, kind)
@@ -585,7 +635,7 @@ class EmulatedRuntime:
             ctypes.memmove(to, source, size)
             if target is not None and target.initialized is not None:
                 at = to - target.address
-                known: Any = True
+                known: Any = 1
                 if origin is not None and origin.initialized is not None:
                     start = source - origin.address
                     known = origin.initialized[start : start + size].copy()
@@ -600,7 +650,7 @@ class EmulatedRuntime:
             ctypes.memset(to, value & 0xFF, size)
             if target is not None and target.initialized is not None:
                 at = to - target.address
-                target.initialized[at : at + size] = True
+                target.initialized[at : at + size] = 1
 
         return run
 
@@ -768,9 +818,11 @@ class EmulatedRuntime:
                 for b in self._buffers.values()
                 if b.kind == f"symbol:{module.path}"
             }
+            text = self._with_workspace(ptx) if "%envreg" in ptx else ptx
             request = LaunchRequest(
-                ptx, kernel, grid, block, shared, arguments, self.buffers, self.device,
-                self.checks, self.seed + len(self.launches), cooperative, symbols, self.options,
+                text, kernel, grid, block, shared, arguments, self.buffers, self.device,
+                self.checks, self.seed + len(self.launches), cooperative, use.registers, symbols,
+                self.options,
             )  # fmt: skip
             try:
                 launch.result = self._engine(request)
@@ -783,8 +835,29 @@ class EmulatedRuntime:
                 return
             launch.counts = getattr(launch.result, "counts", None)
             launch.reports = getattr(launch.result, "reports", None)
+            for report in launch.reports or ():
+                code = LAUNCH_FAILURE if report.fatal else SUCCESS
+                self.errors.append(RuntimeFailure("launch", code, f"{readable}: {report}"))
+            if any(r.fatal for r in launch.reports or ()) and self.order == "eager":
+                raise _Reported(LAUNCH_FAILURE)
 
         self._submit(stream, readable, run)
+
+    def _with_workspace(self, ptx: str) -> str:
+        """PTX whose grid-wide barrier finds its memory.
+
+        The driver passes the address of a workspace (a size and a counter) in the environment
+        registers 1 and 2, high half first, to ``grid.sync()``. Here they are constants; the lines
+        stay where they are.
+        """
+        known = [b for b in self._buffers.values() if b.kind == "workspace"]
+        address = known[0].address if known else self._allocate(256, "workspace")
+        buffer = self._buffers[address]
+        buffer.name, buffer.initialized = "the grid's workspace", None
+        ctypes.memset(address, 0, 256)
+        _write(address, ctypes.c_uint, 256)
+        halves = {"1": address >> 32, "2": address & 0xFFFFFFFF}
+        return re.sub(r"%envreg([12])\b", lambda m: str(halves[m.group(1)]), ptx)
 
     # -- dispatch ---------------------------------------------------------------------------------
 
@@ -995,8 +1068,10 @@ class EmulatedRuntime:
         address = self._allocate(size.value, kind)
         buffer = self._buffers[address]
         buffer.name = name.decode()
-        ctypes.memset(address, 0, size.value)
-        buffer.initialized = None  # device variables start at their initial value
+        path = _library_of(host)
+        module = self._modules.setdefault(path, _Module(path, self.device))
+        ctypes.memmove(address, module.initial(buffer.name, size.value)[: size.value], size.value)
+        buffer.initialized = None
         return buffer
 
     def _do_cudaMemcpyToSymbol(self, w: Any) -> None:
@@ -1281,9 +1356,36 @@ class _Reported(Exception):
         self.code = code
 
 
+@functools.lru_cache(maxsize=32)
+def _parsed(ptx: str) -> Any:
+    from .launch import Module
+
+    return Module.from_ptx(ptx)
+
+
 def _emulate(request: LaunchRequest) -> Any:
     """Hand a launch to the emulator."""
-    raise NotImplementedError
+    from .launch import Region, launch
+
+    kernel = _parsed(request.ptx).kernel(request.kernel)
+    packed = bytearray(kernel.param_bytes)
+    for param, value in zip(kernel.params, request.arguments, strict=True):
+        packed[param.offset : param.offset + param.size] = value
+    given = {int.from_bytes(a, "little"): k for k, a in enumerate(request.arguments) if len(a) == 8}
+    regions = [
+        Region(
+            b.address, b.size, b.address, b.name, dtype=b.dtype, shape=b.shape,
+            initialized=b.initialized, index=given.get(b.address), owner=b.owner,
+        )
+        for b in request.buffers
+    ]  # fmt: skip
+    return launch(
+        kernel, request.grid, request.block, bytes(packed), regions, shared_bytes=request.shared,
+        device=request.device, checks=request.checks, seed=request.seed,
+        cooperative=request.cooperative, symbols=request.symbols, registers=request.registers,
+        # Which argument points where is not known: launchers pass what they like.
+        trust_regions=True, **request.options,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------
