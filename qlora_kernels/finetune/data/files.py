@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from qlora_kernels.finetune.data.types import DataError
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.\[\]%+-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.:\[\]%+-]+)?")
 
 
 class Record(NamedTuple):
@@ -170,7 +170,8 @@ def _read_json(path: Path) -> Iterator[Record]:
         if _skip(text, at + 1) < len(text):
             raise json.JSONDecodeError("Extra data", text, at + 1)
     except json.JSONDecodeError as error:
-        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+        # What is cut off ends in an open string, or a few characters into a word or an escape.
+        cut = error.pos >= len(text.rstrip()) - 6 or error.msg.startswith("Unterminated string")
         what = "; the file is half-written or was copied only in part" if cut else ""
         raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}){what}") from None
     except RecursionError:
@@ -191,10 +192,11 @@ def _only_list(value: Any, path: Path) -> Iterator[Record]:
         else {}
     )
     if len(lists) != 1:
-        fields = f" with the fields {', '.join(map(repr, value))}" if lists or value else ""
+        named = isinstance(value, dict) and value
+        fields = f" with the fields {', '.join(map(repr, value))}" if named else ""
         raise DataError(
-            f"{path}: one {_json_kind(value)}{fields if isinstance(value, dict) else ''}; expected "
-            "a list of objects, or an object that holds exactly one such list"
+            f"{path}: one {_json_kind(value)}{fields}; expected a list of objects, or an object "
+            "that holds exactly one such list"
         )
     ((name, items),) = lists.items()
     for i, item in enumerate(items):
