@@ -554,6 +554,17 @@ class Dynamic:
                 out[i.opcode] += self.trips[b]
         return out
 
+    def by_line(self, bases: Iterable[str]) -> Counter[int]:
+        """Warp executions of the instructions with these base opcodes, by the line of PTX that
+        they were made from."""
+        wanted = frozenset(bases)
+        out: Counter[int] = Counter()
+        for block, trips in zip(self.function.blocks, self.trips, strict=True):
+            for i in block.instructions:
+                if i.base in wanted:
+                    out[i.line] += trips
+        return out
+
     def tensor_flops(self) -> dict[str, float]:
         """Tensor-core operations by base opcode and type: ``{"HMMA bf16": …}``."""
         out: dict[str, float] = {}

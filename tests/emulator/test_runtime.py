@@ -525,3 +525,114 @@ def test_every_device_can_be_described():
         assert (p.major, p.minor) == device.capability
         assert runtime.device_attribute(device, 16) == device.sms
     assert runtime.device_attribute(get_device("h100"), 9999) is None
+
+
+# -- on the emulator -----------------------------------------------------------------------------
+
+
+def test_launchers_of_every_kind_compute_what_they_say(library):
+    with EmulatedRuntime("a100", library) as rt:
+        x, y, z, partial = rt.empty(300), rt.empty(300), rt.empty(300), rt.empty(9 * 32)
+        x[:] = np.arange(300)
+        px, py, pz = rt.pointer(x, "x"), rt.pointer(y, "y"), rt.pointer(z, "z")
+        assert scale(rt, x, y, 2.5, 300, rt.stream()) == 0
+        np.testing.assert_array_equal(y, x * np.float32(2.5))
+        assert scale(rt, x, y, 3.0, 300, None, "launch_ex") == 0
+        np.testing.assert_array_equal(y, x * 3)
+        y[:] = -1
+        assert rt.lib.launch_affine(px, py, ctypes.c_short(5)) == 0
+        np.testing.assert_array_equal(y[:5], (2 * x[:5] + 0.5) * 2)
+        assert (y[5:] == -1).all()
+        y[:] = x
+        assert rt.lib.launch_gain(py, 10) == 0
+        np.testing.assert_array_equal(y[:10], x[:10] * 20)  # 2 × 10, both copied to symbols
+        y[:] = x
+        assert rt.lib.launch_reverse(py, 2, 128, 512, -1) == 0
+        np.testing.assert_array_equal(y[:128], x[:128][::-1])
+        np.testing.assert_array_equal(y[128:256], x[128:256][::-1])
+        assert rt.lib.launch_cooperative(px, rt.pointer(partial), pz, 300, 9) == 0
+        assert z[0] == x.sum()
+        assert rt.lib.two_streams(px, py, pz, 300, 1) == 0
+        np.testing.assert_array_equal(z, 6 * x)
+        assert rt.lib.capture_and_replay(px, py, pz, 300, 2, 0) == 0
+        np.testing.assert_array_equal(z, 10 * x)
+        out = np.zeros(300, np.float32)
+        assert rt.lib.round_trip(host(x), host(out), 300) == 0
+        np.testing.assert_array_equal(out, 2 * x)
+
+
+def test_launches_carry_counts_from_which_a_time_is_modelled(library):
+    with EmulatedRuntime("a100", library, checks=("counts",)) as rt:
+        x, y = rt.empty(1024), rt.empty(1024)
+        scale(rt, x, y, 2.0, 1024)
+        (launch,) = rt.launches
+        assert launch.counts.total["blocks"] == 8
+        moved = {r["name"]: r for r in launch.counts.regions}
+        names = [rt._find(a.ctypes.data).name for a in (x, y)]
+        assert moved[names[0]]["sectors_read"] == moved[names[0]]["distinct_read"] == 128
+        assert moved[names[1]]["sectors_written"] == 128 and moved[names[1]]["sectors_read"] == 0
+        (modelled,) = rt.modelled()
+        assert modelled.bottleneck == "latency" and 0 < modelled.kernel < modelled.time < 1e-5
+        assert rt.modelled("rtx4090")[0].device.key == "rtx4090"
+
+
+def test_findings_reach_the_caller_with_the_tensors_name(library):
+    with (
+        pytest.raises(RuntimeFailure, match=r"out of bounds: read of 4 bytes at x\[300\]"),
+        EmulatedRuntime("a100", library) as rt,
+    ):
+        x, y = arrays(2)
+        rt.pointer(x, "x"), rt.pointer(y, "y")
+        function = rt.lib.launch_scale
+        function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_float, ctypes.c_int, ctypes.c_void_p]
+        function(x.ctypes.data, y.ctypes.data, 1.0, 301, None)
+
+
+def test_device_memory_that_was_never_written_is_found_when_it_is_read(library):
+    with EmulatedRuntime("a100", library, strict=False) as rt:
+        to = ctypes.c_void_p()
+        rt._dispatch(b"cudaMalloc", [ctypes.addressof(to), 1024])
+        y = rt.empty(256)
+        function = rt.lib.launch_scale
+        function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_float, ctypes.c_int, ctypes.c_void_p]
+        function(to, rt.pointer(y), 1.0, 256, None)
+        assert "uninitialised global memory read" in str(rt.errors[0])
+        count = len(rt.errors)
+        rt._dispatch(b"cudaMemset", [to.value, 0, 1024])
+        function(to, rt.pointer(y), 1.0, 256, None)
+        assert len(rt.errors) == count
+
+
+def test_views_of_one_tensor_are_one_buffer(library):
+    with EmulatedRuntime("a100", library) as rt:
+        whole = rt.empty(600)
+        whole[:300] = np.arange(300)
+        first, second = whole[:300], whole[300:]
+        assert scale(rt, first, second, 2.0, 300) == 0
+        np.testing.assert_array_equal(second, 2 * first)
+        rt.pointer(whole)
+        assert len([b for b in rt.buffers if b.kind == "tensor"]) == 1
+        assert scale(rt, first, second, 3.0, 300) == 0
+        np.testing.assert_array_equal(second, 3 * first)
+
+
+def test_a_kernel_is_compiled_for_what_the_device_can_run():
+    """The newest PTX that fits: sm_90's on an H100, sm_80's on an RTX 4090."""
+    source = """
+    #include <cuda_runtime.h>
+    __global__ void which(int* y) {
+    #if __CUDA_ARCH__ >= 900
+      *y = 90;
+    #else
+      *y = 80;
+    #endif
+    }
+    extern "C" int launch(int* y) { which<<<1, 1>>>(y); return cudaGetLastError(); }
+    """
+    flags = ["-gencode", "arch=compute_90,code=compute_90"]
+    library = toolchain.compile_library(source, ["sm_80"], flags)
+    for device, expected in (("h100", 90), ("rtx4090", 80), ("a100", 80), ("b200", 90)):
+        with EmulatedRuntime(device, library) as rt:
+            y = np.zeros(1, np.int32)
+            assert rt.lib.launch(rt.pointer(y)) == 0
+            assert y[0] == expected
