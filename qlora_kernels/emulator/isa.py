@@ -735,8 +735,8 @@ class Emitter:
         self.alu("lop3.b32", self.dst(d, "b32"), *(self.src(s, "b32") for s in (a, b, c)), imm=table.value & 255)
 
     def do_prmt(self) -> None:
-        self.type()
         mode = self.take("f4e", "b4e", "rc8", "ecl", "ecr", "rc16")
+        self.type()
         d, a, b, c = self.need(4)
         self.alu("prmt.b32" + (f".{mode}" if mode else ""), self.dst(d, "b32"), *(self.src(s, "b32") for s in (a, b, c)))
 

@@ -20,7 +20,8 @@ __all__ = ["Function", "Immediate", "Instruction", "Label", "Location", "Memory"
 
 SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4,
          "u32": 4, "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4, "b64": 8, "u64": 8,
-         "s64": 8, "f64": 8, "b128": 16, "pred": 0, "f32x2": 8}  # fmt: skip
+         "s64": 8, "f64": 8, "b128": 16, "pred": 0, "f32x2": 8,
+         "u16x2": 4, "s16x2": 4}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,8 @@ class _Parser:
         self.starts = [0] + [m.end() for m in re.finditer("\n", text)]
         self.tokens = list(self._tokenize())
         self.i = 0
-        self.files: dict[int, str] = {}
+        # nvcc lists its files at the end, after the lines that refer to them
+        self.files = {int(n): f for n, f in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"\n]*)"', text, re.M)}
         self.strings: dict[str, str] = {}
         self.version, self.target, self.address_size = "", "", 64
         self.variables: dict[str, Variable] = {}
