@@ -139,7 +139,8 @@ class Encoder:
         before, _, tail = whole.partition(reply["content"])
         opening = before.rpartition(ask[0]["content"])[2]
         ends = [0, *self._special_ends(tail)]
-        return _Turn(header, opening, tail, tail[: ends[min(1, len(ends) - 1)]], ends[-1])
+        last_end = ends[-1] or len(tail)  # without any: all of it, and the EOS that is added
+        return _Turn(header, opening, tail, tail[: ends[min(1, len(ends) - 1)]], last_end)
 
     def _special_ends(self, text: str) -> Iterator[int]:
         """Where special tokens end in ``text``, as long as only blanks are between them."""
@@ -201,7 +202,8 @@ class Encoder:
             start = begin if opened < 0 else at + opened + len(turn.header)
             end = at = begin + len(content)
             if i == last:
-                end += max(self._special_ends(rest), default=0)
+                # Up to the EOS that is added, where the template has no end of its own.
+                end += max(self._special_ends(rest), default=0) if turn.end else len(rest)
             elif turn.end and rest.startswith(turn.end):
                 end += len(turn.end)
             spans.append((start, end))
