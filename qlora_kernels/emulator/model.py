@@ -21,7 +21,8 @@ The kernel's time is the rounds of resident blocks at that throughput, the last 
 its own, and a ramp, the first round's path; a launch comes before it.
 
 No constant is fitted to the measurements that ``benchmarks/emulator_model.py`` compares with: they
-are the device table's, and the latencies below with their sources. Known to be wrong:
+are the device table's, and the latencies below with their sources. The structure was settled with
+that table in view, so it is no blind test (docs/emulator_model.md). Known to be wrong:
 
 - one resource queues, the others overlap with it perfectly. Where two are nearly balanced, a real
   kernel is slower than the model; register bank conflicts, dispatch stalls, the instruction cache
