@@ -3,10 +3,13 @@
 Layers, from the bottom: :mod:`~qlora_kernels.formats` (codebooks and scales as data),
 :mod:`~qlora_kernels.reference` (the truth, in plain torch), :mod:`~qlora_kernels.ops` (torch ops),
 :mod:`~qlora_kernels.functional` (bitsandbytes' names), ``nn`` (modules), ``integrations`` and the
-applications. Importing the package changes nothing that is not its own.
+applications. Importing the package changes no model that holds none of its layers.
 """
 
-from . import formats, functional, ops
+from . import formats, functional, integrations, ops
+
+# PEFT and transformers, when they are imported, learn of this package's layers and no others.
+integrations.install()
 
 __version__ = "0.1.0"
 

@@ -31,6 +31,7 @@ from statistics import NormalDist
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 BLOCKSIZES: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Values that share one scale. Powers of two: a block's index is a shift in every kernel."""
@@ -115,7 +116,9 @@ class Format:
         self, device: torch.device | str = "cpu"
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The same three tables as tensors on ``device``, made once a device."""
-        return _tensors(self, torch.device(device))
+        return tuple(  # type: ignore[return-value]
+            constant((self, i), table, device) for i, table in enumerate(self.tables)
+        )
 
     def bits_per_weight(self, blocksize: int, nested: bool) -> float:
         """Bits a weight, constants included: 4.127 for nested scales at a blocksize of 64."""
@@ -135,9 +138,23 @@ class Format:
         return Format, args
 
 
-@functools.lru_cache(maxsize=256)
-def _tensors(fmt: Format, device: torch.device) -> tuple:
-    return tuple(torch.from_numpy(table.copy()).to(device) for table in fmt.tables)
+_KEPT: dict[tuple[object, torch.device], torch.Tensor] = {}
+
+
+def constant(key: object, table: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """``table`` as a tensor on ``device``, made once for each ``key`` and device.
+
+    An ordinary tensor whatever is going on around: under inference mode too (it may be saved for a
+    later backward), and under a dispatch mode, fake tensors say, one of that mode, not kept.
+    """
+    device = torch.device(device)
+    if torch._C._len_torch_dispatch_stack():
+        return torch.from_numpy(table.copy()).to(device)
+    kept = _KEPT.get((key, device))
+    if kept is None:
+        with torch.inference_mode(False):
+            kept = _KEPT[key, device] = torch.from_numpy(table.copy()).to(device)
+    return kept
 
 
 def derive_nf4(offset: float = 0.5 * ((1 - 1 / 30) + (1 - 1 / 32))) -> list[float]:
@@ -261,22 +278,27 @@ def _dynamic_code() -> np.ndarray:
     # more precision near 1, more range near 0 (arXiv 1511.04561). fp32 middles, scaled in float64.
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
-        middles = ((edges[:-1] + edges[1:]) / 2.0).numpy()
+        with _disable_current_modes():  # real numbers, whatever tensors are around
+            edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32).numpy()
+        middles = (edges[:-1] + edges[1:]) / np.float32(2)
         scaled = (np.float32(10.0 ** (i - 6)) * middles).astype(np.float32)
         values += [*scaled.tolist(), *(-scaled).tolist()]
     return np.sort(np.asarray(values, dtype=np.float32))
 
 
-@functools.lru_cache(maxsize=16)
 def nested_code(device: torch.device | str = "cpu") -> torch.Tensor:
     """fp32[256], ascending: the signed dynamic 8-bit code of the nested scales."""
-    return torch.from_numpy(_dynamic_code().copy()).to(device)
+    return constant("nested_code", _dynamic_code(), device)
+
+
+def nested_thresholds(device: torch.device | str = "cpu") -> torch.Tensor:
+    """fp32[255]: the code of a nested scale ``v`` is the number of thresholds t with ``v > t``."""
+    return constant("nested_thresholds", _nested_thresholds(), device)
 
 
 @functools.lru_cache(maxsize=1)
-def nested_thresholds() -> torch.Tensor:
-    """fp32[255]: the code of a nested scale ``v`` is the number of thresholds t with ``v > t``.
+def _nested_thresholds() -> np.ndarray:
+    """The thresholds that give the peer's codes.
 
     The peer looks ``v`` up on a grid of 65,536 points over [-1, 1]: nearest grid point, then the
     code whose cell holds that *point*. That is the same as moving each midpoint up to the
@@ -285,7 +307,7 @@ def nested_thresholds() -> torch.Tensor:
     """
     code = _dynamic_code()
     middle = np.float32(0.5) * (code[:-1] + code[1:])
-    return torch.from_numpy(np.array([_grid_threshold(float(m)) for m in middle], np.float32))
+    return np.array([_grid_threshold(float(m)) for m in middle], np.float32)
 
 
 def _grid_point(v: np.float32) -> int:

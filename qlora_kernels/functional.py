@@ -17,8 +17,9 @@ from . import formats, ops
 from .formats import Format, FormatError, get_format
 
 _DTYPES = {str(d).removeprefix("torch."): d for d in ops.FLOATS}
-_BNB_TYPES = ("nf4", "fp4")
-_BNB_STATE = "quant_state.bitsandbytes__"
+# The key of a state's JSON: bitsandbytes' for what bitsandbytes reads, else one of our own.
+_PEER_STATE, _OWN_STATE = "quant_state.bitsandbytes__", "quant_state.qlora_kernels__"
+_PEER_TYPES, _PEER_BLOCKSIZES = ("nf4", "fp4"), formats.BLOCKSIZES[1:]
 
 
 @dataclass
@@ -100,7 +101,9 @@ class QuantState:
         tensors = {k: v for k, v in d.items() if isinstance(v, Tensor)}
         rest = {k: v for k, v in d.items() if not isinstance(v, Tensor)}
         text = json.dumps(rest).encode()
-        tensors[_BNB_STATE + str(self.quant_type)] = torch.tensor(list(text), dtype=torch.uint8)
+        peers = self.quant_type in _PEER_TYPES and self.blocksize in _PEER_BLOCKSIZES
+        prefix = _PEER_STATE if peers else _OWN_STATE
+        tensors[prefix + str(self.quant_type)] = torch.tensor(list(text), dtype=torch.uint8)
         return tensors
 
     @classmethod
@@ -113,9 +116,9 @@ class QuantState:
         """
         d = {}
         for key, value in qs_dict.items():
-            marker = key.find(_BNB_STATE)
+            marker = max(key.find(_PEER_STATE), key.find(_OWN_STATE))
             d[key[marker:] if marker >= 0 else key.rsplit(".", 1)[-1]] = value
-        packed = [k for k in d if k.startswith(_BNB_STATE)]
+        packed = [k for k in d if k.startswith((_PEER_STATE, _OWN_STATE))]
         if packed:
             if len(packed) > 1:
                 raise ValueError(f"two quantization states in one weight: {', '.join(packed)}")
@@ -220,7 +223,7 @@ def quantize_4bit(
     packed, scales = torch.ops.qlora_kernels.quantize_4bit(A, thresholds, codes, blocksize)
     state = QuantState(scales, A.shape, codebook, blocksize, fmt.name, A.dtype)
     if compress_statistics:
-        limits = formats.nested_thresholds().to(A.device)
+        limits = formats.nested_thresholds(A.device)
         state.absmax, nested, state.offset = torch.ops.qlora_kernels.quantize_absmax(
             scales, limits, None
         )

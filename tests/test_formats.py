@@ -121,3 +121,38 @@ def test_formats_travel():
     assert pickle.loads(pickle.dumps(formats.NF4)) is formats.NF4
     for twin in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
         assert all(np.array_equal(a, b) for a, b in zip(twin.tables, own.tables, strict=True))
+
+
+def test_tables_made_under_inference_mode_or_fake_tensors_do_not_spoil_later_use(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    from qlora_kernels import functional as F4
+
+    monkeypatch.setattr(formats, "_KEPT", {})
+    with FakeTensorMode():
+        packed, state = F4.quantize_4bit(
+            torch.empty(64, 64), quant_type="nf4", compress_statistics=True
+        )
+        assert isinstance(packed, FakeTensor) and packed.shape == (2048, 1)
+        assert isinstance(state.code, FakeTensor)
+    with torch.inference_mode():
+        packed, state = F4.quantize_4bit(
+            torch.randn(64, 64), quant_type="nf4", compress_statistics=True
+        )
+    assert not state.code.is_inference() and not formats.nested_code().is_inference()
+
+
+def test_formats_that_the_peer_cannot_read_are_not_written_under_its_name():
+    from qlora_kernels import functional as F4
+
+    for fmt, blocksize, key in (
+        ("nf4", 64, "quant_state.bitsandbytes__nf4"),
+        ("nf4", 16, "quant_state.qlora_kernels__nf4"),
+        ("int4", 64, "quant_state.qlora_kernels__int4"),
+    ):
+        w = torch.randn(64, 64)
+        packed, state = F4.quantize_4bit(w, quant_type=fmt, blocksize=blocksize)
+        entries = state.as_dict(packed=True)
+        assert key in entries
+        again = F4.QuantState.from_dict(entries)
+        assert torch.equal(F4.dequantize_4bit(packed, again), F4.dequantize_4bit(packed, state))
