@@ -7,8 +7,9 @@ programming guide (compute capabilities; throughput of native arithmetic instruc
 ``cuda_occupancy.h`` of the CUDA toolkit, ``[B]`` the results recorded in
 github.com/te42kyfo/gpu-benches, ``[H]`` arXiv:2402.13499, "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture".
 
-``[B]`` and ``[O]`` were read for this table; of ``[W]``, ``[G]`` and ``[H]`` the tests check what can
-be checked without them (rates and clocks multiply out to the data sheets' TFLOP/s).
+``[B]`` and ``[O]`` were read for this table. Figures marked ``[W]``, ``[G]`` and ``[H]`` were entered
+from memory of those sources and not read again: the tests check only that rates and clocks multiply
+out to the TFLOP/s entered beside them. Check one before you rest an argument on it.
 
 Where no measurement is public for a device, the value of its nearest relative is scaled by what
 the data sheets say, and the source says ``from`` whom.
