@@ -222,7 +222,8 @@ struct Barrier {
   u32 expected = 0;       // threads, 0: all of the block
   u32 red_and = 1, red_or = 0, red_count = 0;
   std::vector<u32> warps;  // lanes that wait, by warp
-  Clock joined;
+  Clock joined, fenced;
+  bool has_fenced = false;
   u32 inst = 0;
 };
 

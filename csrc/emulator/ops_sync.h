@@ -150,6 +150,12 @@ inline void finish_barrier(Machine& m, ThreadBlock& b, Barrier& r, u32 number) {
       if (r.warps.size() > w && r.warps[w]) {
         join(b.warp[w].seen, all);
         b.warp[w].clock++;
+        // What each had fenced before the barrier, any of them may publish after it.
+        if (r.has_fenced) {
+          if (!b.warp[w].has_fenced) b.warp[w].fenced = Clock{std::vector<u32>(b.warp.size(), 0), nullptr};
+          join(b.warp[w].fenced, r.fenced);
+          b.warp[w].has_fenced = true;
+        }
       }
   }
   for (u32 w = 0; w < b.warp.size(); w++)
@@ -193,7 +199,11 @@ inline int op_barrier(Ctx& c, const Inst& i) {
   u32 n = u32(std::popcount(c.mask));
   if (c.mask == w.live && aligned && threads) n = 32;  // a partial warp counts as a whole one
   r.arrived += n;
-  if (m.checks & kRaces) join(r.joined, m.snapshot(c));
+  if (m.checks & kRaces) {
+    join(r.joined, m.snapshot(c));
+    if (w.has_fenced) join(r.fenced, w.fenced);
+    r.has_fenced |= w.has_fenced;
+  }
   u32 kind = u32(i.imm >> 4) & 3;
   if (kind) {
     u32 p = (get_pred(c, i.o[2]) ^ (i.imm & 4 ? kFull : 0)) & c.mask;

@@ -11,8 +11,7 @@
 // --- out of bounds -----------------------------------------------------------------------------
 
 KERNEL bug_read_past_end(float* x, float* y, int n) {
-  float v = x[I];  // FOUND: out of bounds
-  if (I < n) y[I] = v;
+  if (I < 1024) y[I % n] = x[I];  // FOUND: out of bounds
 }
 KERNEL ok_read_past_end(float* x, float* y, int n) {
   if (I < n) y[I] = x[I];
@@ -45,7 +44,7 @@ KERNEL ok_int_overflow(float* x, float* y, int n) {
 
 KERNEL bug_vector_tail(float* x, float* y, int n) {
   int i = 4 * I;
-  if (i < n) reinterpret_cast<float4*>(y)[I] = make_float4(1, 2, 3, 4);  // FOUND: out of bounds
+  if (i < n + 3) reinterpret_cast<float4*>(y)[I] = make_float4(1, 2, 3, 4);  // FOUND: out of bounds
 }
 KERNEL ok_vector_tail(float* x, float* y, int n) {
   int i = 4 * I;
@@ -53,11 +52,11 @@ KERNEL ok_vector_tail(float* x, float* y, int n) {
 }
 
 KERNEL bug_null(float* x, float* y, int n) {
-  float* p = n > 10 ? nullptr : x;
+  float* p = reinterpret_cast<float*>(static_cast<unsigned long long>(n - 1000));
   if (I < 1) y[0] = *p;  // FOUND: out of bounds
 }
 KERNEL ok_null(float* x, float* y, int n) {
-  float* p = n > 10 ? x : nullptr;
+  float* p = x + (n - 1000);
   if (I < 1) y[0] = *p;
 }
 
@@ -552,6 +551,7 @@ KERNEL bug_full_mask_in_branch(float* x, float* y, int n) {
     v += __shfl_xor_sync(0xffffffff, v, 1);  // FOUND: lanes missing at a warp-wide instruction
   else
     v = v * v + y[threadIdx.x];
+  __syncthreads();
   y[threadIdx.x] = v;
 }
 KERNEL ok_full_mask_in_branch(float* x, float* y, int n) {
@@ -561,6 +561,7 @@ KERNEL ok_full_mask_in_branch(float* x, float* y, int n) {
     v += w;
   else
     v = v * v + y[threadIdx.x];
+  __syncthreads();
   y[threadIdx.x] = v;
 }
 
