@@ -207,6 +207,7 @@ def _clean(paragraph: str) -> str:
         return ""
     text = re.sub(r":[a-zA-Z:]+:`~?([^`]*)`", r"`\1`", text)  # :func:`x` and its like
     text = re.sub(r"``([^`]*)``", r"`\1`", text)
+    text = re.sub(r"``([^`']*)''", r'"\1"', text)  # quotation marks of TeX
     text = re.sub(r"(?<![\w*])\*(\w+)\*(?![\w*])", r"`\1`", text)  # *argument*
     text = re.sub(r"^\w[\w.]*\s+--?\s+(?=\S)", "", text)  # "name -- what it is"
     text = text.replace(" -- ", ", ").strip()
@@ -357,8 +358,10 @@ def _from_built_ins() -> Iterator[_Entry]:
         prefix = f"{home}." if home else ""
         for name in sorted(vars(module)):
             value = vars(module)[name]
-            # Not what happens to run in this process, such as an interpreter's hooks.
-            if name.startswith("_") or not _belongs(value, module_name, home):
+            # Not what a process may replace (sys.excepthook, with sys.__excepthook__ beside it):
+            # the samples are the same in all.
+            replaced = f"__{name}__" in vars(module)
+            if name.startswith("_") or replaced or not _belongs(value, module_name, home):
                 continue
             says = _first_words(getattr(value, "__doc__", None))
             if isinstance(value, type):
