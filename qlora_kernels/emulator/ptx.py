@@ -279,8 +279,14 @@ class _Parser:
     def token(self) -> _Token:
         return self.tokens[self.i]
 
+    @property
+    def following(self) -> _Token:
+        return self.tokens[min(self.i + 1, len(self.tokens) - 1)]
+
     def take(self, text: str | None = None, kind: str | None = None) -> _Token:
         token = self.tokens[self.i]
+        if token.kind == "end":
+            raise self.error(f"the text ends where {text or kind or 'more'} was expected")
         if (text is not None and token.text != text) or (kind is not None and token.kind != kind):
             raise self.error(f"expected {text or kind}, found {token.text}")
         self.i += 1
@@ -626,7 +632,7 @@ class _Parser:
                 self.skip(";")
             elif text == ".file":
                 self.file()
-            elif token.kind == "name" and self.tokens[self.i + 1].text == ":":
+            elif token.kind == "name" and self.following.text == ":":
                 self.i += 2
                 if self.token.text == ".branchtargets":
                     self.i += 1
@@ -735,7 +741,7 @@ class _Parser:
                     break
             self.take("}")
             return Vector(tuple(items))
-        if token.text == "(" and self.tokens[self.i + 1].kind in ("name",):
+        if token.text == "(" and self.following.kind in ("name",):
             self.i += 1
             items = []
             while self.token.text != ")":
@@ -744,7 +750,7 @@ class _Parser:
                     break
             self.take(")")
             return Group(tuple(items))
-        if token.text == "(" and self.tokens[self.i + 1].text == ")":
+        if token.text == "(" and self.following.text == ")":
             self.i += 2
             return Group(())
         if self.accept("["):
@@ -775,7 +781,7 @@ class _Parser:
                 sign = 1 if self.take().text == "+" else -1
                 return Symbol(first.name, sign * self.integer())
             return first
-        if token.text == "-" and self.tokens[self.i + 1].kind == "name":
+        if token.text == "-" and self.following.kind == "name":
             raise self.error("a minus sign before a register")
         return self.expression()
 
