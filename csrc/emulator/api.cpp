@@ -12,8 +12,8 @@ namespace {
 int choose() {
   int best = 0;
 #if defined(EMU_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-      __builtin_cpu_supports("bmi2"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))
     best = 1;
 #endif
 #if defined(EMU_HAVE_AVX512)
@@ -36,14 +36,13 @@ int isa() {
 }  // namespace
 
 EMU_API int emu_abi() { return 1; }
-EMU_API const char* emu_isa() {
-  return isa() == 2 ? "avx512" : isa() == 1 ? "avx2" : "portable";
-}
+EMU_API const char* emu_isa() { return isa() == 2 ? "avx512" : isa() == 1 ? "avx2" : "portable"; }
 EMU_API int emu_op_count() { return emu::portable::op_count(); }
 EMU_API const char* emu_op_name(int k) { return emu::portable::op_name(k); }
 EMU_API int emu_sizes(int k) {
-  const int sizes[] = {sizeof(emu::Inst),   sizeof(emu::Block),  sizeof(emu::Region), sizeof(emu::Count),
-                       sizeof(emu::Report), sizeof(emu::Program), sizeof(emu::Launch)};
+  const int sizes[] = {sizeof(emu::Inst),  sizeof(emu::Block),  sizeof(emu::Region),
+                       sizeof(emu::Count), sizeof(emu::Report), sizeof(emu::Program),
+                       sizeof(emu::Launch)};
   return k >= 0 && k < 7 ? sizes[k] : -1;
 }
 // Runs a launch to its end; 0, or 1 if it was stopped (the reports say why).

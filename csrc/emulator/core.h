@@ -32,7 +32,7 @@ struct Ctx {
   Warp* warp;
   ThreadBlock* block;
   Machine* machine;
-  u32 taken;   // a branch's lanes
+  u32 taken;  // a branch's lanes
 };
 
 // Results of an operation: go on, or why not.
@@ -64,15 +64,21 @@ using Slot = std::conditional_t<sizeof(T) == 8, u64, u32>;
 
 template <class T>
 inline T get(Slot<T> x) {
-  if constexpr (std::is_same_v<T, float>) return as_float(x);
-  else if constexpr (std::is_same_v<T, double>) return as_double(x);
-  else return T(x);
+  if constexpr (std::is_same_v<T, float>)
+    return as_float(x);
+  else if constexpr (std::is_same_v<T, double>)
+    return as_double(x);
+  else
+    return T(x);
 }
 template <class T>
 inline Slot<T> put(T x) {
-  if constexpr (std::is_same_v<T, float>) return as_bits(x);
-  else if constexpr (std::is_same_v<T, double>) return as_bits(x);
-  else return Slot<T>(std::make_unsigned_t<T>(x));
+  if constexpr (std::is_same_v<T, float>)
+    return as_bits(x);
+  else if constexpr (std::is_same_v<T, double>)
+    return as_bits(x);
+  else
+    return Slot<T>(std::make_unsigned_t<T>(x));
 }
 
 template <class S>
@@ -192,13 +198,13 @@ struct Clock {
 };
 
 struct Warp {
-  u32 index = 0;       // in its block
-  u32 lanes = 0;       // that exist
-  u32 live = 0;        // that have not exited
+  u32 index = 0;  // in its block
+  u32 lanes = 0;  // that exist
+  u32 live = 0;   // that have not exited
   std::vector<Split> split;
   s32 current = -1;
-  u32 stuck = 0;       // blocks run since splits last met
-  u32 step = 0;        // instructions that a Retry has already counted
+  u32 stuck = 0;  // blocks run since splits last met
+  u32 step = 0;   // instructions that a Retry has already counted
   char* registers = nullptr;
   u32* pred = nullptr;
   u32* taint = nullptr;
@@ -209,17 +215,17 @@ struct Warp {
   std::vector<AsyncCopy> copies;
   // race detection
   u32 clock = 1;
-  Clock seen;                  // what happened before this warp's next instruction
-  Clock fenced;                // as of its last fence: what a relaxed write publishes
+  Clock seen;    // what happened before this warp's next instruction
+  Clock fenced;  // as of its last fence: what a relaxed write publishes
   bool has_fenced = false;
-  Clock pending;               // what relaxed reads saw, taken in at the next fence
+  Clock pending;  // what relaxed reads saw, taken in at the next fence
   bool has_pending = false;
-  std::vector<u8> waits;       // scratch
+  std::vector<u8> waits;  // scratch
 };
 
 struct Barrier {
   u32 arrived = 0;
-  u32 expected = 0;       // threads, 0: all of the block
+  u32 expected = 0;  // threads, 0: all of the block
   u32 red_and = 1, red_or = 0, red_count = 0;
   std::vector<u32> warps;  // lanes that wait, by warp
   Clock joined, fenced;
@@ -270,7 +276,10 @@ inline void join(Clock& a, const Clock& b) {
       bool news = false;
       for (auto& [w, t] : *small) {
         auto it = big->find(w);
-        if (it == big->end() || it->second < t) { news = true; break; }
+        if (it == big->end() || it->second < t) {
+          news = true;
+          break;
+        }
       }
       if (news) {
         auto merged = std::make_shared<Foreign>(*big);

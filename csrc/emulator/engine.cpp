@@ -1,10 +1,11 @@
 // The scheduler: blocks come and go, warps take turns, lanes part and meet again.
 //
-// A warp is a set of splits: lanes that are at the same basic block. Of those that can run, the one at
-// the earliest block does (the decoder orders blocks so that a loop's body comes before what follows
-// the loop): lanes that wait at a later block are met there by the others, which is the reconvergence
-// of a stack at immediate post-dominators for structured code, and right for any other. A split that
-// is passed over for long gets its turn regardless, so lanes may wait for each other in a spin.
+// A warp is a set of splits: lanes that are at the same basic block. Of those that can run, the one
+// at the earliest block does (the decoder orders blocks so that a loop's body comes before what
+// follows the loop): lanes that wait at a later block are met there by the others, which is the
+// reconvergence of a stack at immediate post-dominators for structured code, and right for any
+// other. A split that is passed over for long gets its turn regardless, so lanes may wait for each
+// other in a spin.
 #include "ops_sync.h"
 
 #include "variants.h"
@@ -27,9 +28,32 @@ const std::vector<Named>& table() {
 }
 
 enum SpecialKind : s32 {
-  kTidX, kTidY, kTidZ, kNtidX, kNtidY, kNtidZ, kCtaidX, kCtaidY, kCtaidZ, kNctaidX, kNctaidY,
-  kNctaidZ, kLaneId, kWarpId, kNwarpId, kSmId, kNsmId, kGridId, kLaneEq, kLaneLt, kLaneLe, kLaneGt,
-  kLaneGe, kDynamicShared, kTotalShared, kZero64,
+  kTidX,
+  kTidY,
+  kTidZ,
+  kNtidX,
+  kNtidY,
+  kNtidZ,
+  kCtaidX,
+  kCtaidY,
+  kCtaidZ,
+  kNctaidX,
+  kNctaidY,
+  kNctaidZ,
+  kLaneId,
+  kWarpId,
+  kNwarpId,
+  kSmId,
+  kNsmId,
+  kGridId,
+  kLaneEq,
+  kLaneLt,
+  kLaneLe,
+  kLaneGt,
+  kLaneGe,
+  kDynamicShared,
+  kTotalShared,
+  kZero64,
 };
 
 struct Engine {
@@ -50,34 +74,86 @@ struct Engine {
       for (u32 l = 0; l < 32; l++) {
         u32 t = w.index * 32 + l, v = 0;
         switch (s.kind) {
-          case kTidX: v = t % g.block[0]; break;
-          case kTidY: v = t / g.block[0] % g.block[1]; break;
-          case kTidZ: v = t / (g.block[0] * g.block[1]); break;
-          case kNtidX: v = g.block[0]; break;
-          case kNtidY: v = g.block[1]; break;
-          case kNtidZ: v = g.block[2]; break;
-          case kCtaidX: v = b.id[0]; break;
-          case kCtaidY: v = b.id[1]; break;
-          case kCtaidZ: v = b.id[2]; break;
-          case kNctaidX: v = g.grid[0]; break;
-          case kNctaidY: v = g.grid[1]; break;
-          case kNctaidZ: v = g.grid[2]; break;
-          case kLaneId: v = l; break;
-          case kWarpId: v = w.index; break;
-          case kNwarpId: v = m.warps_per_block; break;
-          case kSmId: v = b.linear % std::max(1u, g.smid_count); break;
-          case kNsmId: v = g.smid_count; break;
-          case kGridId: v = 1; break;
-          case kLaneEq: v = 1u << l; break;
-          case kLaneLt: v = (1u << l) - 1; break;
-          case kLaneLe: v = (2u << l) - 1; break;
-          case kLaneGt: v = ~((2u << l) - 1); break;
-          case kLaneGe: v = ~((1u << l) - 1); break;
-          case kDynamicShared: v = g.dynamic_shared; break;
-          case kTotalShared: v = g.static_shared + g.dynamic_shared; break;
+          case kTidX:
+            v = t % g.block[0];
+            break;
+          case kTidY:
+            v = t / g.block[0] % g.block[1];
+            break;
+          case kTidZ:
+            v = t / (g.block[0] * g.block[1]);
+            break;
+          case kNtidX:
+            v = g.block[0];
+            break;
+          case kNtidY:
+            v = g.block[1];
+            break;
+          case kNtidZ:
+            v = g.block[2];
+            break;
+          case kCtaidX:
+            v = b.id[0];
+            break;
+          case kCtaidY:
+            v = b.id[1];
+            break;
+          case kCtaidZ:
+            v = b.id[2];
+            break;
+          case kNctaidX:
+            v = g.grid[0];
+            break;
+          case kNctaidY:
+            v = g.grid[1];
+            break;
+          case kNctaidZ:
+            v = g.grid[2];
+            break;
+          case kLaneId:
+            v = l;
+            break;
+          case kWarpId:
+            v = w.index;
+            break;
+          case kNwarpId:
+            v = m.warps_per_block;
+            break;
+          case kSmId:
+            v = b.linear % std::max(1u, g.smid_count);
+            break;
+          case kNsmId:
+            v = g.smid_count;
+            break;
+          case kGridId:
+            v = 1;
+            break;
+          case kLaneEq:
+            v = 1u << l;
+            break;
+          case kLaneLt:
+            v = (1u << l) - 1;
+            break;
+          case kLaneLe:
+            v = (2u << l) - 1;
+            break;
+          case kLaneGt:
+            v = ~((2u << l) - 1);
+            break;
+          case kLaneGe:
+            v = ~((1u << l) - 1);
+            break;
+          case kDynamicShared:
+            v = g.dynamic_shared;
+            break;
+          case kTotalShared:
+            v = g.static_shared + g.dynamic_shared;
+            break;
         }
-        if (s.kind == kZero64 || s.kind == kGridId) reinterpret_cast<u64*>(r)[l] = v;
-        else r[l] = v;
+        if (s.kind == kZero64 || s.kind == kGridId)
+          reinterpret_cast<u64*>(r)[l] = v;
+        else
+          r[l] = v;
       }
     }
   }
@@ -94,7 +170,8 @@ struct Engine {
     const Launch& g = m.launch;
     const Program& p = m.program;
     u32 n = m.warps_per_block;
-    b.linear = order.empty() ? (g.block_list ? g.block_list[next_block] : u32(next_block)) : order[next_block];
+    b.linear = order.empty() ? (g.block_list ? g.block_list[next_block] : u32(next_block))
+                             : order[next_block];
     next_block++;
     b.id[0] = b.linear % g.grid[0];
     b.id[1] = b.linear / g.grid[0] % g.grid[1];
@@ -111,7 +188,8 @@ struct Engine {
     if (p.has_taint) {
       b.taints.assign(taint * n, 0);
       for (u32 w = 0; w < n; w++)
-        for (s32 k = 0; k < p.n_taint_init; k++) b.taints[w * taint + size_t(p.taint_init[k])] = kFull;
+        for (s32 k = 0; k < p.n_taint_init; k++)
+          b.taints[w * taint + size_t(p.taint_init[k])] = kFull;
     }
     b.shared_memory.resize(g.shared_total + 16);
     b.shared = b.shared_memory.data();
@@ -144,7 +222,8 @@ struct Engine {
       w.pred = b.preds.data() + size_t(p.n_pred) * k;
       w.taint = p.has_taint ? b.taints.data() + taint * k : nullptr;
       w.local = p.local_bytes ? b.locals.data() + size_t(p.local_bytes) * 32 * k : nullptr;
-      w.local_state = b.local_states.empty() ? nullptr : b.local_states.data() + size_t(p.local_bytes) * 32 * k;
+      w.local_state =
+          b.local_states.empty() ? nullptr : b.local_states.data() + size_t(p.local_bytes) * 32 * k;
       std::memset(w.commit, 0, sizeof w.commit);
       w.copies.clear();
       w.clock = 1;
@@ -163,7 +242,8 @@ struct Engine {
     // Merge splits at the same place.
     for (size_t k = 0; k < w.split.size(); k++)
       for (size_t j = k + 1; j < w.split.size();) {
-        if (w.split[j].at == w.split[k].at && w.split[j].wait != kAtBarrier && w.split[k].wait != kAtBarrier) {
+        if (w.split[j].at == w.split[k].at && w.split[j].wait != kAtBarrier &&
+            w.split[k].wait != kAtBarrier) {
           w.split[k].mask |= w.split[j].mask;
           w.split[k].wait = kReady;
           w.split.erase(w.split.begin() + s64(j));
@@ -202,7 +282,8 @@ struct Engine {
         if (m.checks & kSync) {
           Inst i{};
           i.id = r.inst;
-          if (Report* q = m.report(c, i, kBarrierMissing, lowest(mask))) q->extra = m.threads_per_block - b.live_threads;
+          if (Report* q = m.report(c, i, kBarrierMissing, lowest(mask)))
+            q->extra = m.threads_per_block - b.live_threads;
         }
         barrier_results(m, b, r, k);
         finish_barrier(m, b, r, k);
@@ -244,14 +325,19 @@ struct Engine {
     const Fn* const fn = m.fn.data();
     while (quantum--) {
       s32 at;
-      if (w.split.size() == 1 && w.split[0].wait == kReady) at = 0;
-      else at = choose(w);
+      if (w.split.size() == 1 && w.split[0].wait == kReady)
+        at = 0;
+      else
+        at = choose(w);
       if (at < 0) {
-        // Nobody can go on. Lanes that wait for others of the warp which wait elsewhere: let one pass.
+        // Nobody can go on. Lanes that wait for others of the warp which wait elsewhere: let one
+        // pass.
         s32 first = -1;
         bool barrier = false;
         for (size_t k = 0; k < w.split.size(); k++) {
-          if (w.split[k].wait == kAtSync && (first < 0 || w.split[k].at < w.split[size_t(first)].at)) first = s32(k);
+          if (w.split[k].wait == kAtSync &&
+              (first < 0 || w.split[k].at < w.split[size_t(first)].at))
+            first = s32(k);
           if (w.split[k].wait == kAtBarrier) barrier = true;
         }
         if (first < 0) return false;
@@ -279,14 +365,19 @@ struct Engine {
             n.threads += u32(std::popcount(mask));
           }
           if (!mask) {
-            if ((i.flags & kTaint) && i.taint >= 0) { c.mask = 0; taint_guard(c, i); }
+            if ((i.flags & kTaint) && i.taint >= 0) {
+              c.mask = 0;
+              taint_guard(c, i);
+            }
             continue;
           }
         }
         c.mask = mask;
         if (i.flags & kTaint) [[unlikely]] {
-          if (i.taint >= 0 && !(i.flags & kCheckAddress)) taint_step(c, i);
-          else if (i.flags & kControl) check_branch(c, i);
+          if (i.taint >= 0 && !(i.flags & kCheckAddress))
+            taint_step(c, i);
+          else if (i.flags & kControl)
+            check_branch(c, i);
         }
         r = fn[k](c, i);
         if (r != kGo) break;
@@ -408,7 +499,8 @@ struct Engine {
           c.machine = &m;
           Inst i{};
           // The barrier is the last instruction of a block that leads here.
-          i.id = s.wait == kAtBarrier ? b->barrier[s.barrier].inst : m.program.inst[m.program.block[s.at].first].id;
+          i.id = s.wait == kAtBarrier ? b->barrier[s.barrier].inst
+                                      : m.program.inst[m.program.block[s.at].first].id;
           if (Report* r = m.report(c, i, kDeadlock, lowest(s.mask))) {
             const Barrier& q = b->barrier[s.barrier];
             r->extra = s.wait == kAtBarrier ? u64(s.barrier) << 40 | u64(q.arrived) << 20 |
@@ -439,7 +531,8 @@ struct Engine {
       for (u64 k = 0; k < n_blocks; k++) order[k] = g.block_list ? g.block_list[k] : u32(k);
       for (u64 k = n_blocks; k > 1; k--) std::swap(order[k - 1], order[m.below(u32(k))]);
     }
-    u32 most = g.cooperative ? u32(std::min<u64>(n_blocks, 0xffffffffu)) : std::max(1u, g.max_resident);
+    u32 most =
+        g.cooperative ? u32(std::min<u64>(n_blocks, 0xffffffffu)) : std::max(1u, g.max_resident);
     window = g.window ? g.window : (m.checks & kRaces ? 6u : 12u);
     if (g.cooperative) window = most;
     window = std::min(window, most);
@@ -514,8 +607,10 @@ struct Engine {
         Count& n = g.counts[i.id];
         if (i.flags & 128) continue;
         n.warps += m.entries[size_t(k)];
-        if (i.guard < 0) n.threads += m.lanes[size_t(k)];
-        else if (!(m.checks & kCounts)) n.threads += m.lanes[size_t(k)];
+        if (i.guard < 0)
+          n.threads += m.lanes[size_t(k)];
+        else if (!(m.checks & kCounts))
+          n.threads += m.lanes[size_t(k)];
         g.totals[4] += m.entries[size_t(k)];
         g.totals[3] += m.lanes[size_t(k)];
       }

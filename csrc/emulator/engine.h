@@ -30,26 +30,26 @@ constexpr u64 kWindowMask = 0xffull << 56;
 enum Check : u32 { kUninit = 1, kRaces = 2, kSync = 4, kCounts = 8 };
 
 enum Flag : u32 {
-  kTaint = 1,     // registers that may be undefined take part: see taint_step
-  kControl = 2,   // runs even if its guard leaves no lane (branches)
-  kStrong = 4,    // volatile, relaxed or stronger: does not race with its like
+  kTaint = 1,    // registers that may be undefined take part: see taint_step
+  kControl = 2,  // runs even if its guard leaves no lane (branches)
+  kStrong = 4,   // volatile, relaxed or stronger: does not race with its like
   kAcquire = 8,
   kRelease = 16,
-  kConst = 32,    // reads of constant or parameter memory
+  kConst = 32,  // reads of constant or parameter memory
   kCheckAddress = 64,
 };
 
 // One decoded instruction as Python writes it (numpy dtype INST in decode.py).
 struct Inst {
-  u32 op;        // index into the table of operations
-  s32 guard;     // predicate, or -1
-  u32 guard_xor; // all ones for @!p
+  u32 op;         // index into the table of operations
+  s32 guard;      // predicate, or -1
+  u32 guard_xor;  // all ones for @!p
   u32 flags;
-  s32 o[6];      // operands: byte offset of a register, | 1 for the constant pool; or a predicate
-  u32 id;        // row of the kernel's instruction table
-  u32 n;         // vector length, operand count
-  s32 list;      // first entry in the operand lists
-  s32 taint;     // first entry of the taint description in the operand lists, or -1
+  s32 o[6];   // operands: byte offset of a register, | 1 for the constant pool; or a predicate
+  u32 id;     // row of the kernel's instruction table
+  u32 n;      // vector length, operand count
+  s32 list;   // first entry in the operand lists
+  s32 taint;  // first entry of the taint description in the operand lists, or -1
   s64 imm;
   s64 imm2;
 };
@@ -67,11 +67,11 @@ struct Special {
 struct Region {
   u64 base, size;
   char* host;
-  u8* initialized;      // a byte for each byte, or null: all of it
-  u64* read_sectors;    // a bit for each 32 bytes, or null
+  u8* initialized;    // a byte for each byte, or null: all of it
+  u64* read_sectors;  // a bit for each 32 bytes, or null
   u64* written_sectors;
   u32 writable;
-  u32 tracked;          // races are looked for
+  u32 tracked;  // races are looked for
   u64 sectors_read, sectors_written;
 };
 
@@ -81,19 +81,38 @@ struct Count {
 };
 
 enum Kind : u32 {
-  kOutOfBounds = 1, kMisaligned, kReadOnly, kUninitGlobal, kUninitShared, kUninitLocal,
-  kUninitRegister, kRaceShared, kRaceGlobal, kRaceWarp, kAsyncRead, kBarrierDivergent,
-  kBarrierMissing, kDeadlock, kShuffleInactive, kNotConverged, kBudget, kTrap, kMatrixRow,
-  kBadBarrier, kAssert, kBadOperand, kRaceAsync,
+  kOutOfBounds = 1,
+  kMisaligned,
+  kReadOnly,
+  kUninitGlobal,
+  kUninitShared,
+  kUninitLocal,
+  kUninitRegister,
+  kRaceShared,
+  kRaceGlobal,
+  kRaceWarp,
+  kAsyncRead,
+  kBarrierDivergent,
+  kBarrierMissing,
+  kDeadlock,
+  kShuffleInactive,
+  kNotConverged,
+  kBudget,
+  kTrap,
+  kMatrixRow,
+  kBadBarrier,
+  kAssert,
+  kBadOperand,
+  kRaceAsync,
 };
 
 struct Report {
   u32 kind, inst, block, thread;
   u64 address;
-  u32 space, size;           // 0 global, 1 shared, 2 local, 3 const or param
-  u32 write, other_inst;     // other_inst, other_block, other_thread: the second party, ~0 if none
+  u32 space, size;        // 0 global, 1 shared, 2 local, 3 const or param
+  u32 write, other_inst;  // other_inst, other_block, other_thread: the second party, ~0 if none
   u32 other_block, other_thread;
-  u64 count;                 // how often, all lanes and blocks
+  u64 count;  // how often, all lanes and blocks
   u64 extra;
 };
 
@@ -122,12 +141,12 @@ struct Launch {
   const u8* shared_map;               // a byte for each byte of shared memory: 0 a gap, 1 valid
   u32 shared_total, max_resident;     // the device's limit on blocks at once
   u64 seed;
-  u64 budget;                         // warp instructions, 0: none
-  u32 quantum;                        // most basic blocks a warp runs at a stretch
+  u64 budget;   // warp instructions, 0: none
+  u32 quantum;  // most basic blocks a warp runs at a stretch
   u32 cooperative;
-  const u32* block_list;              // blocks to run, or null for all
+  const u32* block_list;  // blocks to run, or null for all
   u64 n_blocks;
-  Count* counts;                      // a row for each PTX instruction
+  Count* counts;  // a row for each PTX instruction
   Report* reports;
   u64 max_reports, n_reports;
   char* print;

@@ -24,7 +24,12 @@ struct SmallSet {
   u64 key[256];
   u32 stamp[256] = {};
   u32 now = 0;
-  void clear() { if (++now == 0) { std::memset(stamp, 0, sizeof stamp); now = 1; } }
+  void clear() {
+    if (++now == 0) {
+      std::memset(stamp, 0, sizeof stamp);
+      now = 1;
+    }
+  }
   bool add(u64 k) {
     u32 h = u32((k * 0x9e3779b97f4a7c15ull) >> 56);
     while (stamp[h] == now) {
@@ -45,17 +50,18 @@ struct Machine {
   u32 warps_per_block = 0, threads_per_block = 0;
   u32 serial = 0;
   u64 rng;
-  u64 executed = 0;   // warp instructions
+  u64 executed = 0;  // warp instructions
   bool stopped = false;
-  std::vector<u64> entries, lanes;  // by basic block
-  std::vector<u32> region_hint;     // by instruction row
+  std::vector<u64> entries, lanes;                        // by basic block
+  std::vector<u32> region_hint;                           // by instruction row
   std::vector<std::vector<std::unique_ptr<Page>>> pages;  // by region
   std::unordered_map<u64, std::shared_ptr<const Foreign>> locations;
   std::unordered_map<u64, u64> reported;
   SmallSet set, set2;
   bool woken = false;  // a barrier let warps go on
 
-  Machine(const Program& p, Launch& l) : program(p), launch(l), checks(l.checks), rng(l.seed * 2 + 1) {
+  Machine(const Program& p, Launch& l)
+      : program(p), launch(l), checks(l.checks), rng(l.seed * 2 + 1) {
     for (int k = 0; k < 8; k++) random();
   }
 
@@ -82,8 +88,19 @@ struct Machine {
     if (at >= launch.max_reports) return nullptr;
     launch.n_reports++;
     Report& r = launch.reports[at];
-    r = {kind, i.id, c.block->linear, c.warp->index * 32 + u32(lane < 0 ? 0 : lane), address, space,
-         size, write, kFull, kFull, kFull, 1, 0};
+    r = {kind,
+         i.id,
+         c.block->linear,
+         c.warp->index * 32 + u32(lane < 0 ? 0 : lane),
+         address,
+         space,
+         size,
+         write,
+         kFull,
+         kFull,
+         kFull,
+         1,
+         0};
     return &r;
   }
 
@@ -95,8 +112,10 @@ struct Machine {
     while (lo <= hi) {
       int mid = (lo + hi) / 2;
       const Region& r = launch.regions[mid];
-      if (address < r.base) hi = mid - 1;
-      else if (address - r.base >= r.size) lo = mid + 1;
+      if (address < r.base)
+        hi = mid - 1;
+      else if (address - r.base >= r.size)
+        lo = mid + 1;
       else {
         region_hint[row] = u32(mid);
         return mid;
@@ -107,7 +126,9 @@ struct Machine {
 
   // --- clocks ---------------------------------------------------------------------------------
 
-  u32 global_id(const Ctx& c) const { return c.block->linear * warps_per_block + c.warp->index + 1; }
+  u32 global_id(const Ctx& c) const {
+    return c.block->linear * warps_per_block + c.warp->index + 1;
+  }
 
   bool happened(Ctx& c, u32 warp, u32 clock) const {  // a warp of the grid, from 1
     u32 first = c.block->linear * warps_per_block + 1;
@@ -221,10 +242,11 @@ struct Machine {
         if (r.write_clock && !(strong && (r.strong & 1))) {
           if (r.write_warp != me) {
             if (seen[r.write_warp] < r.write_clock)
-              shared_race(c, i, l, address[l], bytes, write, kRaceShared, r.write_warp, r.write_lane,
-                          r.write_inst);
+              shared_race(c, i, l, address[l], bytes, write, kRaceShared, r.write_warp,
+                          r.write_lane, r.write_inst);
           } else if (r.write_clock == now && r.write_lane != l) {
-            shared_race(c, i, l, address[l], bytes, write, kRaceWarp, me, r.write_lane, r.write_inst);
+            shared_race(c, i, l, address[l], bytes, write, kRaceWarp, me, r.write_lane,
+                        r.write_inst);
           }
         }
         if (write)
@@ -320,7 +342,8 @@ struct Machine {
                 if (r.read_clock[s] == now && r.read_lane[s] != l)
                   global_race(c, i, l, byte, bytes, true, me, r.read_lane[s], r.read_inst[s]);
               } else if (!happened(c, r.read_warp[s], r.read_clock[s])) {
-                global_race(c, i, l, byte, bytes, true, r.read_warp[s], r.read_lane[s], r.read_inst[s]);
+                global_race(c, i, l, byte, bytes, true, r.read_warp[s], r.read_lane[s],
+                            r.read_inst[s]);
               }
             }
           if (r.serial == serial && r.write_lane != l) twice |= 1u << l;
@@ -418,7 +441,15 @@ struct Machine {
 // address, or a value written to global memory. The description in the operand lists is
 // [kind, destinations, d..., sources, s...].
 
-enum TaintKind : s32 { kTaintMerge = 0, kTaintSelect = 1, kTaintClear = 2, kTaintMatrix = 3, kTaintWarp = 4 };
+enum TaintKind : s32 {
+  kTaintMerge = 0,
+  kTaintSelect = 1,
+  kTaintClear = 2,
+  kTaintMatrix = 3,
+  kTaintWarp = 4,
+  kTaintShuffle = 5,
+  kTaintAccumulate = 6
+};
 
 inline void taint_step(Ctx& c, const Inst& i) {
   const s32* d = c.machine->program.lists + i.taint;
@@ -428,6 +459,13 @@ inline void taint_step(Ctx& c, const Inst& i) {
   d += nd;
   s32 ns = *d++;
   u32 bits = 0;
+  if (kind == kTaintShuffle) return;  // op_shfl moves the bits along with the values
+  if (kind == kTaintAccumulate) {     // wgmma: D counts only if it is added to
+    for (s32 k = 0; k < ns; k++) bits |= t[d[k]];
+    u32 keep = get_pred(c, i.o[3]) ^ (i.imm & 0x10000 ? kFull : 0);
+    for (s32 k = 0; k < nd; k++) t[dst[k]] = (t[dst[k]] & (keep | ~c.mask)) | (bits & c.mask);
+    return;
+  }
   if (kind == kTaintSelect) {  // d, (a, b, predicate)
     u32 p = get_pred(c, i.o[3]) ^ (i.imm ? kFull : 0);
     auto at = [&](s32 k) { return d[k] >= 0 ? t[d[k]] : 0; };
@@ -454,7 +492,8 @@ inline void taint_step(Ctx& c, const Inst& i) {
     for (s32 k = 0; k < nd; k++) {
       u32 r = rows[nd == 4 ? k / 2 : k & 1];
       for (int g = 0; g < 8; g++)
-        if ((column >> (4 * g)) & 15 && (nd != 4 || (g & 1) == (k & 1))) r |= 0x11111111u << (g / 2);
+        if ((column >> (4 * g)) & 15 && (nd != 4 || (g & 1) == (k & 1)))
+          r |= 0x11111111u << (g / 2);
       if (k < nc) r |= t[d[na + nb + k]];
       t[dst[k]] = r;
     }

@@ -71,11 +71,20 @@ inline u64 round_magnitude(double v, Format f, Round mode, bool negative) {
   u64 q = m >> shift, rest = m & ((1ull << shift) - 1), half = 1ull << (shift - 1);
   bool up = false;
   switch (mode) {
-    case kNearest: up = rest > half || (rest == half && (q & 1)); break;
-    case kAway: up = rest >= half; break;
-    case kZero: break;
-    case kDown: up = negative && rest; break;
-    case kUp: up = !negative && rest; break;
+    case kNearest:
+      up = rest > half || (rest == half && (q & 1));
+      break;
+    case kAway:
+      up = rest >= half;
+      break;
+    case kZero:
+      break;
+    case kDown:
+      up = negative && rest;
+      break;
+    case kUp:
+      up = !negative && rest;
+      break;
   }
   q += up;
   if (e < f.emin) return q;
@@ -92,8 +101,8 @@ inline u64 round_ieee(double v, Format f, int width, Round mode, bool saturate, 
   if (std::isinf(v)) return sign | (saturate ? infinity - 1 : infinity);
   u64 r = round_magnitude(v, f, mode, negative);
   if (r >= infinity) {
-    bool clamp = saturate || mode == kZero || (mode == kDown && !negative) ||
-                 (mode == kUp && negative);
+    bool clamp =
+        saturate || mode == kZero || (mode == kDown && !negative) || (mode == kUp && negative);
     r = clamp ? infinity - 1 : infinity;
   }
   return sign | r;
@@ -112,9 +121,7 @@ inline u32 round_e4m3(double v) {
   u64 r = std::isinf(v) ? 0x7e : round_magnitude(v, kE4M3, kNearest, std::signbit(v));
   return u32(r > 0x7e ? 0x7e : r) | (std::signbit(v) ? 0x80u : 0u);
 }
-inline u32 round_e5m2(double v) {
-  return u32(round_ieee(v, kE5M2, 8, kNearest, true, 0x7f));
-}
+inline u32 round_e5m2(double v) { return u32(round_ieee(v, kE5M2, 8, kNearest, true, 0x7f)); }
 // fp4 and fp6: saturating, without NaN or infinity (NaN becomes the largest positive value).
 inline u32 round_small(double v, Format f) {
   int bits = f.p - 1 + (f.p == 2 ? 2 : f.p == 4 ? 2 : 3);
@@ -134,13 +141,14 @@ inline float small_to_float(u32 x, Format f) {
 inline float e4m3_to_float(u32 x) {
   u32 m = x & 0x7f;
   if (m == 0x7f) return as_float(kNan32);
-  float r = (m >> 3) == 0 ? std::ldexp(float(m), -9) : std::ldexp(float((m & 7) | 8), int(m >> 3) - 10);
+  float r =
+      (m >> 3) == 0 ? std::ldexp(float(m), -9) : std::ldexp(float((m & 7) | 8), int(m >> 3) - 10);
   return x & 0x80 ? -r : r;
 }
 inline float e5m2_to_float(u32 x) { return half_to_float((x & 0xff) << 8); }
 
-// a * b + c rounded to odd in fp64, for a, b and c of at most 24 significant bits each: rounding the
-// result again to a narrower format is then rounding the exact value once.
+// a * b + c rounded to odd in fp64, for a, b and c of at most 24 significant bits each: rounding
+// the result again to a narrower format is then rounding the exact value once.
 inline double fma_odd(double a, double b, double c) {
   double p = a * b;  // exact
   double s = p + c;

@@ -26,7 +26,9 @@ template <Fn F, int Mode>
 inline u32 saturate(float x) { return as_bits(x > 0.f ? (x < 1.f ? x : 1.f) : 0.f); }  // NaN is +0
 
 template <bool Ftz>
-inline float in32(u32 x) { return as_float(Ftz ? flush(x) : x); }
+inline float in32(u32 x) {
+  return as_float(Ftz ? flush(x) : x);
+}
 template <bool Ftz, bool Sat>
 inline u32 out32(float x) {
   if constexpr (Sat) {
@@ -45,9 +47,8 @@ int op1f(Ctx& c, const Inst& i) {
 template <auto F, bool Ftz, bool Sat>
 int op2f(Ctx& c, const Inst& i) {
   const u32 *a = reg<u32>(c, i.o[1]), *b = reg<u32>(c, i.o[2]);
-  return map_lanes<u32>(c, i.o[0], [=](int l) {
-    return out32<Ftz, Sat>(F(in32<Ftz>(a[l]), in32<Ftz>(b[l])));
-  });
+  return map_lanes<u32>(
+      c, i.o[0], [=](int l) { return out32<Ftz, Sat>(F(in32<Ftz>(a[l]), in32<Ftz>(b[l]))); });
 }
 template <auto F, bool Ftz, bool Sat>
 int op3f(Ctx& c, const Inst& i) {
@@ -65,12 +66,14 @@ inline float f_div(float a, float b) { return a / b; }
 inline float f_rcp(float a) { return 1.0f / a; }
 inline float f_sqrt(float a) { return __builtin_sqrtf(a); }
 inline float f_rsqrt(float a) { return float(1.0 / __builtin_sqrt(double(a))); }
-inline float f_div_approx(float a, float b) {  // PTX: for 2^126 < |b| < 2^128 the result is 0 or NaN
+inline float f_div_approx(float a,
+                          float b) {  // PTX: for 2^126 < |b| < 2^128 the result is 0 or NaN
   float m = b < 0 ? -b : b;
   return m > 0x1p126f && m < __builtin_inff() ? a * (b < 0 ? -0.0f : 0.0f) : a / b;
 }
 
-// 2^x: the exponent split off, the rest by a polynomial in fp64 whose error is below fp32's rounding.
+// 2^x: the exponent split off, the rest by a polynomial in fp64 whose error is below fp32's
+// rounding.
 inline float f_ex2(float x) {
   double v = x;
   v = v > 200.0 ? 200.0 : v;
@@ -151,25 +154,35 @@ inline u32 sat16(u32 x) {
   return (x & 0x7fff) > H::inf || x & 0x8000 ? 0 : x > H::one ? H::one : x;
 }
 template <class H, bool Ftz>
-inline u32 flush16(u32 x) { return Ftz && (x & 0x7fff) < H::top ? x & 0x8000 : x; }
+inline u32 flush16(u32 x) {
+  return Ftz && (x & 0x7fff) < H::top ? x & 0x8000 : x;
+}
 
-// Sums of two fp16 or bf16 values are rounded once to fp32's 24 bits and again to 11 or 8: harmless,
-// 24 >= 2 * 11 + 2. Products and fma go through fp64, rounded to odd.
+// Sums of two fp16 or bf16 values are rounded once to fp32's 24 bits and again to 11 or 8:
+// harmless, 24 >= 2 * 11 + 2. Products and fma go through fp64, rounded to odd.
 template <class H>
-inline u32 h_add(u32 a, u32 b) { return H::down(H::up(a) + H::up(b)); }
+inline u32 h_add(u32 a, u32 b) {
+  return H::down(H::up(a) + H::up(b));
+}
 template <class H>
-inline u32 h_sub(u32 a, u32 b) { return H::down(H::up(a) - H::up(b)); }
+inline u32 h_sub(u32 a, u32 b) {
+  return H::down(H::up(a) - H::up(b));
+}
 template <class H>
 inline u32 h_mul(u32 a, u32 b) {
-  if constexpr (std::is_same_v<H, Half>) return H::down(H::up(a) * H::up(b));
-  else return H::once(double(H::up(a)) * double(H::up(b)));
+  if constexpr (std::is_same_v<H, Half>)
+    return H::down(H::up(a) * H::up(b));
+  else
+    return H::once(double(H::up(a)) * double(H::up(b)));
 }
 template <class H>
 inline u32 h_fma(u32 a, u32 b, u32 c) {
   return H::once(fma_odd(double(H::up(a)), double(H::up(b)), double(H::up(c))));
 }
 template <class H>
-inline u32 h_relu(u32 x) { return (x & 0x7fff) > H::inf ? x : x & 0x8000 ? 0 : x; }
+inline u32 h_relu(u32 x) {
+  return (x & 0x7fff) > H::inf ? x : x & 0x8000 ? 0 : x;
+}
 template <class H, bool Max, bool Nan>
 inline u32 h_minmax(u32 a, u32 b) {
   float x = H::up(a), y = H::up(b);
@@ -188,9 +201,12 @@ int op16(Ctx& c, const Inst& i) {
   auto one = [](u32 x, u32 y, u32 z) -> u32 {
     x = flush16<H, Ftz>(x), y = flush16<H, Ftz>(y), z = flush16<H, Ftz>(z);
     u32 r;
-    if constexpr (N == 1) r = F(x);
-    else if constexpr (N == 2) r = F(x, y);
-    else r = F(x, y, z);
+    if constexpr (N == 1)
+      r = F(x);
+    else if constexpr (N == 2)
+      r = F(x, y);
+    else
+      r = F(x, y, z);
     r = flush16<H, Ftz>(r);
     if constexpr (Sat) r = sat16<H>(r);
     if constexpr (Relu) r = h_relu<H>(r);
@@ -241,15 +257,24 @@ int op_set16(Ctx& c, const Inst& i) {
 // ------------------------------------------------------------------------------------------------
 // Conversions
 
-// To an integer, saturating; NaN gives 0 (fp64 to 64 bits: the most negative, as the hardware does).
+// To an integer, saturating; NaN gives 0 (fp64 to 64 bits: the most negative, as the hardware
+// does).
 template <class T>
 inline T to_int(double x, Round mode) {
   if (x != x) return T(0);
   switch (mode) {
-    case kNearest: x = std::nearbyint(x); break;
-    case kZero: x = std::trunc(x); break;
-    case kDown: x = std::floor(x); break;
-    default: x = std::ceil(x); break;
+    case kNearest:
+      x = std::nearbyint(x);
+      break;
+    case kZero:
+      x = std::trunc(x);
+      break;
+    case kDown:
+      x = std::floor(x);
+      break;
+    default:
+      x = std::ceil(x);
+      break;
   }
   constexpr double lo = double(std::numeric_limits<T>::min());
   constexpr double hi = double(std::numeric_limits<T>::max());
@@ -259,10 +284,14 @@ inline T to_int(double x, Round mode) {
 }
 inline double to_integral(double x, Round mode) {
   switch (mode) {
-    case kNearest: return std::nearbyint(x);
-    case kZero: return std::trunc(x);
-    case kDown: return std::floor(x);
-    default: return std::ceil(x);
+    case kNearest:
+      return std::nearbyint(x);
+    case kZero:
+      return std::trunc(x);
+    case kDown:
+      return std::floor(x);
+    default:
+      return std::ceil(x);
   }
 }
 
@@ -352,7 +381,8 @@ int op_int_to_int(Ctx& c, const Inst& i) {
   const Slot<S>* a = reg<Slot<S>>(c, i.o[1]);
   if (i.imm & 32)
     return map_lanes<D>(c, i.o[0], [=](int l) {
-      __int128 x = get<S>(a[l]), lo = std::numeric_limits<D>::min(), hi = std::numeric_limits<D>::max();
+      __int128 x = get<S>(a[l]), lo = std::numeric_limits<D>::min(),
+               hi = std::numeric_limits<D>::max();
       return put<D>(D(x < lo ? lo : x > hi ? hi : x));
     });
   return map_lanes<D>(c, i.o[0], [=](int l) { return put<D>(D(get<S>(a[l]))); });
@@ -509,7 +539,9 @@ int op_fp8x2_to_half2(Ctx& c, const Inst& i) {
 }
 // fp4 and fp6 pairs: e2m1x2 in 8 bits, e2m3x2 and e3m2x2 in 16
 template <int K>
-inline constexpr Format kSmall = K == 0 ? kE2M1 : K == 1 ? kE2M3 : kE3M2;
+inline constexpr Format kSmall = K == 0   ? kE2M1
+                                 : K == 1 ? kE2M3
+                                          : kE3M2;
 template <int K>
 int op_f32_to_small(Ctx& c, const Inst& i) {
   const u32 *a = reg<u32>(c, i.o[1]), *b = reg<u32>(c, i.o[2]);
@@ -574,7 +606,8 @@ int op_f32x2(Ctx& c, const Inst& i) {
   });
 }
 
-inline int op_testp(Ctx& c, const Inst& i) {  // imm: finite infinite number notanumber normal subnormal
+inline int op_testp(Ctx& c,
+                    const Inst& i) {  // imm: finite infinite number notanumber normal subnormal
   u32 r = 0;
   for (int l = 0; l < 32; l++) {
     double x;
@@ -590,12 +623,24 @@ inline int op_testp(Ctx& c, const Inst& i) {  // imm: finite infinite number not
     }
     bool nan = x != x, inf = std::isinf(x), v = false;
     switch (i.imm) {
-      case 0: v = !nan && !inf; break;
-      case 1: v = inf; break;
-      case 2: v = !nan; break;
-      case 3: v = nan; break;
-      case 4: v = !nan && !inf && !sub; break;
-      case 5: v = sub && !zero; break;
+      case 0:
+        v = !nan && !inf;
+        break;
+      case 1:
+        v = inf;
+        break;
+      case 2:
+        v = !nan;
+        break;
+      case 3:
+        v = nan;
+        break;
+      case 4:
+        v = !nan && !inf && !sub;
+        break;
+      case 5:
+        v = sub && !zero;
+        break;
     }
     r |= u32(v) << l;
   }

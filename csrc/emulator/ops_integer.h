@@ -22,20 +22,26 @@ inline T rem_int(T a, T b) {
 template <class T>
 inline T mul_hi(T a, T b) {
   if constexpr (sizeof(T) == 8) {
-    if constexpr (std::is_signed_v<T>) return T((__int128(a) * b) >> 64);
-    else return T(((unsigned __int128)a * b) >> 64);
+    if constexpr (std::is_signed_v<T>)
+      return T((__int128(a) * b) >> 64);
+    else
+      return T(((unsigned __int128)a * b) >> 64);
   } else {
     using W = std::conditional_t<std::is_signed_v<T>, s64, u64>;
     return T((W(a) * W(b)) >> (8 * sizeof(T)));
   }
 }
 template <class T>
-inline T shl(T a, u32 n) { return n >= 8 * sizeof(T) ? T(0) : T(a << n); }
+inline T shl(T a, u32 n) {
+  return n >= 8 * sizeof(T) ? T(0) : T(a << n);
+}
 template <class T>
 inline T shr(T a, u32 n) {
   constexpr u32 w = 8 * sizeof(T);
-  if constexpr (std::is_signed_v<T>) return T(a >> (n >= w ? w - 1 : n));
-  else return n >= w ? T(0) : T(a >> n);
+  if constexpr (std::is_signed_v<T>)
+    return T(a >> (n >= w ? w - 1 : n));
+  else
+    return n >= w ? T(0) : T(a >> n);
 }
 template <class T>
 inline T bfe(T a, u32 b, u32 c) {
@@ -180,12 +186,18 @@ inline s32 dot2(u32 a, u32 b, bool sa, bool sb, bool hi) {
 template <class T>
 inline bool compare(u32 k, T a, T b) {
   switch (k) {
-    case 0: return a == b;
-    case 1: return a != b;
-    case 2: return a < b;
-    case 3: return a <= b;
-    case 4: return a > b;
-    default: return a >= b;
+    case 0:
+      return a == b;
+    case 1:
+      return a != b;
+    case 2:
+      return a < b;
+    case 3:
+      return a <= b;
+    case 4:
+      return a > b;
+    default:
+      return a >= b;
   }
 }
 // Floating comparisons 6 .. 13: equ neu ltu leu gtu geu num nan
@@ -193,20 +205,34 @@ template <class T>
 inline bool compare_float(u32 k, T a, T b) {
   bool nan = a != a || b != b;
   switch (k) {
-    case 0: return a == b;
-    case 1: return !nan && a != b;
-    case 2: return a < b;
-    case 3: return a <= b;
-    case 4: return a > b;
-    case 5: return a >= b;
-    case 6: return nan || a == b;
-    case 7: return a != b;
-    case 8: return nan || a < b;
-    case 9: return nan || a <= b;
-    case 10: return nan || a > b;
-    case 11: return nan || a >= b;
-    case 12: return !nan;
-    default: return nan;
+    case 0:
+      return a == b;
+    case 1:
+      return !nan && a != b;
+    case 2:
+      return a < b;
+    case 3:
+      return a <= b;
+    case 4:
+      return a > b;
+    case 5:
+      return a >= b;
+    case 6:
+      return nan || a == b;
+    case 7:
+      return a != b;
+    case 8:
+      return nan || a < b;
+    case 9:
+      return nan || a <= b;
+    case 10:
+      return nan || a > b;
+    case 11:
+      return nan || a >= b;
+    case 12:
+      return !nan;
+    default:
+      return nan;
   }
 }
 
@@ -218,8 +244,10 @@ int op_setp(Ctx& c, const Inst& i) {
   u32 r;
   if constexpr (std::is_floating_point_v<T>)
     r = test_lanes([=](int l) {
-      if constexpr (Ftz) return compare_float(K, as_float(flush(u32(a[l]))), as_float(flush(u32(b[l]))));
-      else return compare_float(K, get<T>(a[l]), get<T>(b[l]));
+      if constexpr (Ftz)
+        return compare_float(K, as_float(flush(u32(a[l]))), as_float(flush(u32(b[l]))));
+      else
+        return compare_float(K, get<T>(a[l]), get<T>(b[l]));
     });
   else
     r = test_lanes([=](int l) { return compare(K, get<T>(a[l]), get<T>(b[l])); });
@@ -227,9 +255,15 @@ int op_setp(Ctx& c, const Inst& i) {
   if (i.imm) {
     u32 q = get_pred(c, i.o[4]) ^ (i.imm & 4 ? kFull : 0);
     switch (i.imm & 3) {
-      case 1: r &= q, no &= q; break;
-      case 2: r |= q, no |= q; break;
-      case 3: r ^= q, no ^= q; break;
+      case 1:
+        r &= q, no &= q;
+        break;
+      case 2:
+        r |= q, no |= q;
+        break;
+      case 3:
+        r ^= q, no ^= q;
+        break;
     }
   }
   set_pred(c, i.o[0], r);

@@ -11,13 +11,20 @@ enum Element : u32 { kElF16, kElBF16, kElTF32, kElE4M3, kElE5M2, kElS8, kElU8, k
 
 inline float element(Element e, u32 x) {
   switch (e) {
-    case kElF16: return half_to_float(x & 0xffff);
-    case kElBF16: return bf16_to_float(x & 0xffff);
-    case kElTF32: return as_float(x & 0xffffe000u);
-    case kElE4M3: return e4m3_to_float(x & 0xff);
-    case kElE5M2: return e5m2_to_float(x & 0xff);
-    case kElS8: return float(s8(x));
-    default: return float(u8(x));
+    case kElF16:
+      return half_to_float(x & 0xffff);
+    case kElBF16:
+      return bf16_to_float(x & 0xffff);
+    case kElTF32:
+      return as_float(x & 0xffffe000u);
+    case kElE4M3:
+      return e4m3_to_float(x & 0xff);
+    case kElE5M2:
+      return e5m2_to_float(x & 0xff);
+    case kElS8:
+      return float(s8(x));
+    default:
+      return float(u8(x));
   }
 }
 
@@ -81,13 +88,14 @@ inline Vec8 both(Vec4 a, Vec4 b) {
   return v;
 }
 
-// mma.m16n8kK: list holds D, A, B, C registers; n = K; imm: element types of A (bits 0-3) and B (4-7),
-// of C and D (8: 0 fp32, 1 fp16, 2 s32), bit 12 satfinite.
+// mma.m16n8kK: list holds D, A, B, C registers; n = K; imm: element types of A (bits 0-3) and B
+// (4-7), of C and D (8: 0 fp32, 1 fp16, 2 s32), bit 12 satfinite.
 //
 // A lane 4g + t holds rows g (and g + 8) of A and C and column g of B; a row of C is kept as one
 // vector, even columns then odd ones, which is how the lanes 4g .. 4g + 3 hold it.
 inline int op_mma(Ctx& c, const Inst& i) {
-  if (c.mask != kFull && (c.machine->checks & kSync)) c.machine->report(c, i, kNotConverged, lowest(c.mask));
+  if (c.mask != kFull && (c.machine->checks & kSync))
+    c.machine->report(c, i, kNotConverged, lowest(c.mask));
   Machine& m = *c.machine;
   const s32* o = m.program.lists + i.list;
   const Element ea = Element(i.imm & 15), eb = Element((i.imm >> 4) & 15);
@@ -120,11 +128,13 @@ inline int op_mma(Ctx& c, const Inst& i) {
         C[2 * h + 1][l] = half_to_float(x >> 16);
       }
   else
-    std::memset(C, 0, sizeof C);  // integers are added at the end: sums of products are exact in fp32
+    std::memset(C, 0,
+                sizeof C);  // integers are added at the end: sums of products are exact in fp32
   for (int half = 0; half < 2; half++)
     for (int g0 = 0; g0 < 8; g0 += 4) {
       Vec8 s[4];
-      for (int g = 0; g < 4; g++) s[g] = both(load4(C[2 * half] + 4 * (g0 + g)), load4(C[2 * half + 1] + 4 * (g0 + g)));
+      for (int g = 0; g < 4; g++)
+        s[g] = both(load4(C[2 * half] + 4 * (g0 + g)), load4(C[2 * half + 1] + 4 * (g0 + g)));
       for (int q = 0; q < steps; q++)
         for (int t = 0; t < 4; t++)
           for (int h = 0; h < per; h++) {
@@ -146,11 +156,13 @@ inline int op_mma(Ctx& c, const Inst& i) {
       for (int l = 0; l < 32; l++) t[l] = canonical(C[h][l]);
     } else if (acc == 1) {
 #pragma GCC ivdep
-      for (int l = 0; l < 32; l++) t[l] = Half::down(C[2 * h][l]) | Half::down(C[2 * h + 1][l]) << 16;
+      for (int l = 0; l < 32; l++)
+        t[l] = Half::down(C[2 * h][l]) | Half::down(C[2 * h + 1][l]) << 16;
     } else {
       for (int l = 0; l < 32; l++) {
         s64 r = s64(C[h][l]) + s32(x[l]);
-        t[l] = i.imm & 0x1000 ? u32(s32(std::clamp<s64>(r, -0x80000000ll, 0x7fffffff))) : u32(u64(r));
+        t[l] =
+            i.imm & 0x1000 ? u32(s32(std::clamp<s64>(r, -0x80000000ll, 0x7fffffff))) : u32(u64(r));
       }
     }
     blend(reg<u32>(c, d[h]), t, c.mask);
@@ -158,7 +170,8 @@ inline int op_mma(Ctx& c, const Inst& i) {
   return kGo;
 }
 
-inline int op_mma_f64(Ctx& c, const Inst& i) {  // m8n8k4; list: D (2), A, B, C (2), 64-bit registers
+inline int op_mma_f64(Ctx& c,
+                      const Inst& i) {  // m8n8k4; list: D (2), A, B, C (2), 64-bit registers
   if (!converged(c, i)) return kRetry;
   const s32* o = c.machine->program.lists + i.list;
   const u64 *a = reg<u64>(c, o[2]), *b = reg<u64>(c, o[3]);
@@ -167,7 +180,8 @@ inline int op_mma_f64(Ctx& c, const Inst& i) {  // m8n8k4; list: D (2), A, B, C 
     for (int l = 0; l < 32; l++) {
       int row = l >> 2, col = 2 * (l & 3) + h;
       double s = as_double(reg<u64>(c, o[4 + h])[l]);
-      for (int k = 0; k < 4; k++) s = __builtin_fma(as_double(a[row * 4 + k]), as_double(b[col * 4 + k]), s);
+      for (int k = 0; k < 4; k++)
+        s = __builtin_fma(as_double(a[row * 4 + k]), as_double(b[col * 4 + k]), s);
       t[h][l] = as_bits(s);
     }
   for (int h = 0; h < 2; h++) blend(reg<u64>(c, o[h]), t[h], c.mask);
@@ -184,8 +198,12 @@ struct Tile {
   bool mn;  // the contiguous axis is M or N, not K
 
   static Tile from(u64 d, u32 element_bytes, bool mn) {
-    return {u32(d & 0x3fff) << 4, u32((d >> 16) & 0x3fff) << 4, u32((d >> 32) & 0x3fff) << 4,
-            u32(d >> 62), element_bytes, mn};
+    return {u32(d & 0x3fff) << 4,
+            u32((d >> 16) & 0x3fff) << 4,
+            u32((d >> 32) & 0x3fff) << 4,
+            u32(d >> 62),
+            element_bytes,
+            mn};
   }
   u32 at(u32 r, u32 k) const {  // address of element (row r of M or N, k)
     u32 width = swizzle == 1 ? 128 : swizzle == 2 ? 64 : swizzle == 3 ? 32 : 16, x;
@@ -195,8 +213,9 @@ struct Tile {
                   : start + (r / 8) * stride + (r % 8) * 16 + (byte / 16) * lead + byte % 16;
     } else {
       u32 per = width / bytes;
-      x = swizzle ? start + (r / per) * lead + (k / 8) * stride + (k % 8) * width + (r % per) * bytes
-                  : start + (r / per) * stride + (k / 8) * lead + (k % 8) * 16 + (r % per) * bytes;
+      x = swizzle
+              ? start + (r / per) * lead + (k / 8) * stride + (k % 8) * width + (r % per) * bytes
+              : start + (r / per) * stride + (k / 8) * lead + (k % 8) * 16 + (r % per) * bytes;
     }
     u32 mask = swizzle == 1 ? 7 : swizzle == 2 ? 3 : swizzle == 3 ? 1 : 0;
     return x ^ (((x >> 7) & mask) << 4);
@@ -239,16 +258,19 @@ inline void read_tile(Ctx& c, const Inst& i, const Tile& t, Element e, u32 r0, u
       if (e == kElBF16)
         for (u32 q = 0; q < 8; q++) to[q * step] = as_float((raw[q >> 1] >> (16 * (q & 1))) << 16);
       else if (e == kElF16)
-        for (u32 q = 0; q < 8; q++) to[q * step] = half_to_float((raw[q >> 1] >> (16 * (q & 1))) & 0xffff);
+        for (u32 q = 0; q < 8; q++)
+          to[q * step] = half_to_float((raw[q >> 1] >> (16 * (q & 1))) & 0xffff);
       else
-        for (u32 q = 0; q < per; q++) to[q * step] = element(e, raw[q * t.bytes / 4] >> (8 * t.bytes * q % 32));
+        for (u32 q = 0; q < per; q++)
+          to[q * step] = element(e, raw[q * t.bytes / 4] >> (8 * t.bytes * q % 32));
     }
   if (n) m.race_shared(c, i, pending, 16, (1u << n) - 1, kRead);
 }
 
-// list: D registers, then A registers (4) if A is in registers. o[1] A's descriptor (or -1), o[2] B's,
-// o[3] scale-d predicate. n = N. imm: element (0-3), accumulator (8: 0 fp32, 1 fp16, 2 s32), bit 12
-// negate A, 13 negate B, 14 A is M-major, 15 B is N-major, bit 16 scale-d negated. imm2: element of B
+// list: D registers, then A registers (4) if A is in registers. o[1] A's descriptor (or -1), o[2]
+// B's, o[3] scale-d predicate. n = N. imm: element (0-3), accumulator (8: 0 fp32, 1 fp16, 2 s32),
+// bit 12 negate A, 13 negate B, 14 A is M-major, 15 B is N-major, bit 16 scale-d negated. imm2:
+// element of B
 inline int op_wgmma(Ctx& c, const Inst& i) {
   Machine& m = *c.machine;
   if (c.mask != kFull && (m.checks & kSync)) m.report(c, i, kNotConverged, lowest(c.mask));
@@ -264,7 +286,8 @@ inline int op_wgmma(Ctx& c, const Inst& i) {
       float v[4][32];
       widen(reg<u32>(c, o[nd + u32(q)]), ea, v);
       for (int h = 0; h < per; h++)
-        for (int l = 0; l < 32; l++) A[(l >> 2) + 8 * (q & 1)][(q >> 1) * span + (l & 3) * per + h] = v[h][l];
+        for (int l = 0; l < 32; l++)
+          A[(l >> 2) + 8 * (q & 1)][(q >> 1) * span + (l & 3) * per + h] = v[h][l];
     }
   } else {
     Tile t = Tile::from(reg<u64>(c, i.o[1])[lowest(c.mask)], bytes, i.imm & 0x4000);

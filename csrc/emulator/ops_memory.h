@@ -38,8 +38,8 @@ struct Access32 {
 
 inline int highest(u32 m) { return 31 - std::countl_zero(m); }
 
-[[gnu::noinline]] inline void fault(Ctx& c, const Inst& i, u32 kind, int lane, u64 address, u32 space, u32 size,
-                  Access how) {
+[[gnu::noinline]] inline void fault(Ctx& c, const Inst& i, u32 kind, int lane, u64 address,
+                                    u32 space, u32 size, Access how) {
   c.machine->report(c, i, kind, lane, address, space, size, how != kRead);
 }
 
@@ -163,9 +163,12 @@ inline void touch_shared(Ctx& c, const Inst& i, const u32* a, u32 bytes, u32 mas
       if (how != kWrite)
         for (u32 b = 0; b < bytes; b++)
           if (s[b] != 2) {
-            if (s[b] == 3) out.undefined |= 1u << l;
-            else if (s[b] == 4) fault(c, i, kAsyncRead, l, a[l], kShared, bytes, how);
-            else fault(c, i, kUninitShared, l, a[l], kShared, bytes, how);
+            if (s[b] == 3)
+              out.undefined |= 1u << l;
+            else if (s[b] == 4)
+              fault(c, i, kAsyncRead, l, a[l], kShared, bytes, how);
+            else
+              fault(c, i, kUninitShared, l, a[l], kShared, bytes, how);
           }
       if (how != kRead) {
         if (s[0] == 4) fault(c, i, kRaceAsync, l, a[l], kShared, bytes, how);
@@ -204,7 +207,8 @@ inline void touch_local(Ctx& c, const Inst& i, const u32* a, u32 bytes, u32 mask
       u8* s = c.warp->local_state + size_t(l) * total + a[l];
       if (how != kWrite)
         for (u32 b = 0; b < bytes; b++) {
-          if (s[b] == 3) out.undefined |= 1u << l;
+          if (s[b] == 3)
+            out.undefined |= 1u << l;
           else if (s[b] != 2) {
             fault(c, i, kUninitLocal, l, a[l], kLocal, bytes, how);
             break;
@@ -214,8 +218,8 @@ inline void touch_local(Ctx& c, const Inst& i, const u32* a, u32 bytes, u32 mask
     }
 }
 
-// imm2: bit 0 a 64-bit address register, bits 1-2 the space (0 global, 1 shared, 2 local, 3 generic).
-// Calls f(Access32&) once for each space that the lanes' addresses are in.
+// imm2: bit 0 a 64-bit address register, bits 1-2 the space (0 global, 1 shared, 2 local, 3
+// generic). Calls f(Access32&) once for each space that the lanes' addresses are in.
 template <class F>
 inline void access(Ctx& c, const Inst& i, s32 o, u32 bytes, Access how, u32 undefined, F f) {
   alignas(64) u64 a[32];
@@ -230,8 +234,10 @@ inline void access(Ctx& c, const Inst& i, s32 o, u32 bytes, Access how, u32 unde
   alignas(64) u32 b[32];
   if (space == 1 || space == 2) {
     for (int l = 0; l < 32; l++) b[l] = a[l] >> 32 ? kFull - 64 : u32(a[l]);
-    if (space == 1) touch_shared(c, i, b, bytes, c.mask, how, undefined, out);
-    else touch_local(c, i, b, bytes, c.mask, how, undefined, out);
+    if (space == 1)
+      touch_shared(c, i, b, bytes, c.mask, how, undefined, out);
+    else
+      touch_local(c, i, b, bytes, c.mask, how, undefined, out);
     f(out);
     return;
   }
@@ -244,9 +250,12 @@ inline void access(Ctx& c, const Inst& i, s32 o, u32 bytes, Access how, u32 unde
   }
   for (int s = 0; s < 3; s++) {
     if (!in[s]) continue;
-    if (s == 0) touch_global(c, i, a, bytes, in[0], how, undefined, out);
-    else if (s == 1) touch_shared(c, i, b, bytes, in[1], how, undefined, out);
-    else touch_local(c, i, b, bytes, in[2], how, undefined, out);
+    if (s == 0)
+      touch_global(c, i, a, bytes, in[0], how, undefined, out);
+    else if (s == 1)
+      touch_shared(c, i, b, bytes, in[1], how, undefined, out);
+    else
+      touch_local(c, i, b, bytes, in[2], how, undefined, out);
     f(out);
   }
 }
@@ -269,8 +278,10 @@ inline TaintView taint_view(Ctx& c, const Inst& i) {
 
 template <class T, class S>
 inline S extend(T x) {
-  if constexpr (std::is_signed_v<T>) return S(std::make_signed_t<S>(x));
-  else return S(x);
+  if constexpr (std::is_signed_v<T>)
+    return S(std::make_signed_t<S>(x));
+  else
+    return S(x);
 }
 
 // ld: list holds the n destinations.
@@ -359,7 +370,9 @@ int op_ld_param(Ctx& c, const Inst& i) {
 // Atomics: o[0] destination (-1: red), o[1] address, o[2], o[3] operands; lanes go in order.
 
 template <class T>
-inline T value_of(Slot<T> x) { return get<T>(x); }
+inline T value_of(Slot<T> x) {
+  return get<T>(x);
+}
 
 template <class T, auto F>
 int op_atom(Ctx& c, const Inst& i) {
@@ -397,8 +410,10 @@ int op_atom_cas(Ctx& c, const Inst& i) {
       int l = lowest(m);
       T old, want = T(b[l]), x = T(e[l]);
       std::memcpy(&old, a.ptr[l], sizeof(T));
-      if (old == want) std::memcpy(a.ptr[l], &x, sizeof(T));
-      else failed = true;
+      if (old == want)
+        std::memcpy(a.ptr[l], &x, sizeof(T));
+      else
+        failed = true;
       if (d) d[l] = put<T>(old);
     }
   });
@@ -430,8 +445,8 @@ inline u32 add2(u32 a, u32 b) {
 }
 template <class H, bool Max>
 inline u32 minmax2(u32 a, u32 b) {
-  return h_minmax<H, Max, false>(a & 0xffff, b & 0xffff) |
-         h_minmax<H, Max, false>(a >> 16, b >> 16) << 16;
+  return h_minmax<H, Max, false>(a & 0xffff, b & 0xffff) | h_minmax<H, Max, false>(a >> 16, b >> 16)
+                                                               << 16;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -460,8 +475,8 @@ inline int op_isspacep(Ctx& c, const Inst& i) {  // imm: the window, 0 for globa
 // cp.async: o[1] shared address, o[2] global address, o[3] bytes to read (-1: all), n the size.
 // imm offset of the shared address, imm2 as in access() for it; o[4] low: offset of the global one.
 
-inline void read_source(Ctx& c, const Inst& i, AsyncCopy& e, s32 o_global, s64 offset, const u32* take,
-                        u32 mask) {
+inline void read_source(Ctx& c, const Inst& i, AsyncCopy& e, s32 o_global, s64 offset,
+                        const u32* take, u32 mask) {
   // Lanes by how much they read: usually all, or nothing.
   for (u32 left = mask; left;) {
     u32 size = take[lowest(left)], same = 0;
@@ -502,7 +517,8 @@ inline int op_cp_async(Ctx& c, const Inst& i) {
   u64 a[32];
   addresses(c, i, i.o[1], a);
   for (int l = 0; l < 32; l++) {
-    e.address[l] = a[l] >> 32 ? (a[l] & kWindowMask) == kSharedWindow ? u32(a[l]) : kFull - 64 : u32(a[l]);
+    e.address[l] =
+        a[l] >> 32 ? (a[l] & kWindowMask) == kSharedWindow ? u32(a[l]) : kFull - 64 : u32(a[l]);
     e.group[l] = w.commit[l];
   }
   u32 take[32];
@@ -624,15 +640,19 @@ int op_matrix(Ctx& c, const Inst& i) {
       for (int l = 0; l < 32; l++)
         for (int h = 0; h < 2; h++) {
           u16 x = u16(r[l] >> (16 * h));
-          if (trans) tile[2 * (l & 3) + h][l >> 2] = x;
-          else tile[l >> 2][2 * (l & 3) + h] = x;
+          if (trans)
+            tile[2 * (l & 3) + h][l >> 2] = x;
+          else
+            tile[l >> 2][2 * (l & 3) + h] = x;
         }
       for (int row = 0; row < 8; row++)
         if ((out.mask >> (8 * k + row)) & 1) std::memcpy(out.ptr[8 * k + row], tile[row], 16);
     } else {
       for (int row = 0; row < 8; row++) {
-        if ((out.mask >> (8 * k + row)) & 1) std::memcpy(tile[row], out.ptr[8 * k + row], 16);
-        else std::memset(tile[row], 0, 16);
+        if ((out.mask >> (8 * k + row)) & 1)
+          std::memcpy(tile[row], out.ptr[8 * k + row], 16);
+        else
+          std::memset(tile[row], 0, 16);
       }
       u32 t[32];
       for (int l = 0; l < 32; l++)

@@ -1,12 +1,14 @@
-// What lanes, warps and blocks do together: shuffles, votes, barriers, fences, mbarriers; and branches.
+// What lanes, warps and blocks do together: shuffles, votes, barriers, fences, mbarriers; and
+// branches.
 #pragma once
 
 #include "ops_memory.h"
 
 namespace emu::EMU_ISA {
 
-// For an operation of the lanes in `members`: true if all that are alive are here. If not, the split
-// waits until the others come, or nobody else can run (then `stuck` is set, and it goes on without).
+// For an operation of the lanes in `members`: true if all that are alive are here. If not, the
+// split waits until the others come, or nobody else can run (then `stuck` is set, and it goes on
+// without).
 constexpr u32 kForce = 1u << 31;
 
 inline bool together(Ctx& c, const Inst& i, u32 members) {
@@ -14,7 +16,8 @@ inline bool together(Ctx& c, const Inst& i, u32 members) {
   if (!missing) {
     if (!(c.mask & ~members)) return true;
     if (c.machine->checks & kSync)
-      if (Report* r = c.machine->report(c, i, kNotConverged, lowest(c.mask & ~members))) r->extra = members;
+      if (Report* r = c.machine->report(c, i, kNotConverged, lowest(c.mask & ~members)))
+        r->extra = members;
     return true;
   }
   if (c.warp->step & kForce) {
@@ -30,7 +33,8 @@ inline bool together(Ctx& c, const Inst& i, u32 members) {
   // Lanes that this instruction's own guard turned off never come.
   if (c.active & missing & ~c.mask) {
     if (c.machine->checks & kSync)
-      if (Report* r = c.machine->report(c, i, kNotConverged, lowest(c.active & missing))) r->extra = members;
+      if (Report* r = c.machine->report(c, i, kNotConverged, lowest(c.active & missing)))
+        r->extra = members;
     return true;
   }
   return false;
@@ -49,10 +53,14 @@ int op_shfl(Ctx& c, const Inst& i) {
     u32 lane = u32(l), bval = b[l] & 31, cval = e[l] & 31, seg = (e[l] >> 8) & 31;
     u32 most = (lane & seg) | (cval & ~seg), least = lane & seg, j;
     bool in;
-    if (Mode == 0) j = lane - bval, in = s32(j) >= s32(most);
-    else if (Mode == 1) j = lane + bval, in = j <= most;
-    else if (Mode == 2) j = lane ^ bval, in = j <= most;
-    else j = least | (bval & ~seg), in = j <= most;
+    if (Mode == 0)
+      j = lane - bval, in = s32(j) >= s32(most);
+    else if (Mode == 1)
+      j = lane + bval, in = j <= most;
+    else if (Mode == 2)
+      j = lane ^ bval, in = j <= most;
+    else
+      j = least | (bval & ~seg), in = j <= most;
     if (!in) j = lane;
     from_[l] = j;
     t[l] = a[j & 31];
@@ -60,8 +68,9 @@ int op_shfl(Ctx& c, const Inst& i) {
     if (((c.mask >> l) & 1) && !((c.mask >> j) & 1)) bad |= 1u << l, t[l] = a[l];
   }
   if (bad && (c.machine->checks & kSync))
-    if (Report* r = c.machine->report(c, i, kShuffleInactive, lowest(bad))) r->extra = from_[lowest(bad)];
-  if (i.flags & kTaint) {
+    if (Report* r = c.machine->report(c, i, kShuffleInactive, lowest(bad)))
+      r->extra = from_[lowest(bad)];
+  if ((i.flags & kTaint) && c.machine->program.lists[i.taint] == kTaintShuffle) {
     TaintView v = taint_view(c, i);
     u32 old = c.warp->taint[v.s[0]], now = 0;
     for (int l = 0; l < 32; l++) now |= ((old >> (from_[l] & 31)) & 1) << l;
@@ -134,9 +143,7 @@ inline int op_bar_warp(Ctx& c, const Inst& i) {
   return kGo;
 }
 // Matrix instructions and the like need the whole warp.
-inline bool converged(Ctx& c, const Inst& i) {
-  return c.mask == kFull || together(c, i, kFull);
-}
+inline bool converged(Ctx& c, const Inst& i) { return c.mask == kFull || together(c, i, kFull); }
 
 // ------------------------------------------------------------------------------------------------
 // Barriers of a block. o[0] number, o[1] threads (-1: all); imm: bit 0 arrive only, bit 1 aligned,
@@ -152,7 +159,8 @@ inline void finish_barrier(Machine& m, ThreadBlock& b, Barrier& r, u32 number) {
         b.warp[w].clock++;
         // What each had fenced before the barrier, any of them may publish after it.
         if (r.has_fenced) {
-          if (!b.warp[w].has_fenced) b.warp[w].fenced = Clock{std::vector<u32>(b.warp.size(), 0), nullptr};
+          if (!b.warp[w].has_fenced)
+            b.warp[w].fenced = Clock{std::vector<u32>(b.warp.size(), 0), nullptr};
           join(b.warp[w].fenced, r.fenced);
           b.warp[w].has_fenced = true;
         }
@@ -286,8 +294,21 @@ struct Mbar {
 
 // imm the offset, n the operation; o[0] result, o[1] address, o[2], o[3] operands. Bits of o[5]: 1
 // no completion result (sink)
-enum MbarOp : u32 { kInit, kInval, kArrive, kArriveDrop, kTest, kTry, kTestParity, kTryParity, kExpect,
-                    kArriveExpect, kComplete, kPendingCount, kAsyncArrive };
+enum MbarOp : u32 {
+  kInit,
+  kInval,
+  kArrive,
+  kArriveDrop,
+  kTest,
+  kTry,
+  kTestParity,
+  kTryParity,
+  kExpect,
+  kArriveExpect,
+  kComplete,
+  kPendingCount,
+  kAsyncArrive
+};
 
 inline int op_mbarrier(Ctx& c, const Inst& i) {
   Machine& m = *c.machine;
@@ -326,29 +347,46 @@ inline int op_mbarrier(Ctx& c, const Inst& i) {
     u64 state = x;
     u32 count = i.o[2] == -1 ? 1 : reg<u32>(c, i.o[2])[l];
     switch (i.n) {
-      case kInit: s = {0, count, count, 0}; break;
-      case kInval: s = {0, 0, 0, 0}; break;
+      case kInit:
+        s = {0, count, count, 0};
+        break;
+      case kInval:
+        s = {0, 0, 0, 0};
+        break;
       case kAsyncArrive:
         // .noinc was accounted for in the barrier's count; without it this adds one first
         if (!i.o[4]) s.pending++;
         s.pending--, s.settle();
         break;
-      case kArrive: s.pending -= count, s.settle(); break;
-      case kArriveDrop: s.pending -= count, s.expected -= count, s.settle(); break;
-      case kExpect: s.tx += s32(count); break;
-      case kArriveExpect: s.tx += s32(count), s.pending--, s.settle(); break;
-      case kComplete: s.tx -= s32(count), s.settle(); break;
-      case kTest: case kTry:
+      case kArrive:
+        s.pending -= count, s.settle();
+        break;
+      case kArriveDrop:
+        s.pending -= count, s.expected -= count, s.settle();
+        break;
+      case kExpect:
+        s.tx += s32(count);
+        break;
+      case kArriveExpect:
+        s.tx += s32(count), s.pending--, s.settle();
+        break;
+      case kComplete:
+        s.tx -= s32(count), s.settle();
+        break;
+      case kTest:
+      case kTry:
         if (Mbar::unpack(reg<u64>(c, i.o[2])[l]).phase != s.phase) p |= 1u << l;
         break;
-      case kTestParity: case kTryParity:
+      case kTestParity:
+      case kTryParity:
         if ((reg<u32>(c, i.o[2])[l] & 1) != s.phase) p |= 1u << l;
         break;
     }
     if (!waits) {
       x = s.pack();
       std::memcpy(out.ptr[l], &x, 8);
-      if (i.o[0] != -1 && i.n != kInit && i.n != kInval && i.n != kAsyncArrive) reg<u64>(c, i.o[0])[l] = state;
+      if (i.o[0] != -1 && i.n != kInit && i.n != kInval && i.n != kAsyncArrive)
+        reg<u64>(c, i.o[0])[l] = state;
     }
   }
   if (waits) {
@@ -392,7 +430,8 @@ inline void read_local_or_global(Ctx& c, const Inst& i, int lane, u64 address, v
   if ((address & kWindowMask) == kLocalWindow) {
     u32 at = u32(address);
     if (at + u64(size) <= u32(c.machine->program.local_bytes))
-      std::memcpy(to, c.warp->local + size_t(lane) * size_t(c.machine->program.local_bytes) + at, size);
+      std::memcpy(to, c.warp->local + size_t(lane) * size_t(c.machine->program.local_bytes) + at,
+                  size);
     return;
   }
   int r = c.machine->find_region(address, i.id);
@@ -417,13 +456,19 @@ inline int op_printf(Ctx& c, const Inst& i) {
     }
     u64 at = args;
     for (size_t q = 0; q < format.size(); q++) {
-      if (format[q] != '%') { text += format[q]; continue; }
+      if (format[q] != '%') {
+        text += format[q];
+        continue;
+      }
       size_t end = format.find_first_of("diouxXcsfFeEgGaAp%", q + 1);
       if (end == std::string::npos) break;
       std::string spec = format.substr(q, end - q + 1);
       q = end;
       char conv = spec.back(), out[256];
-      if (conv == '%') { text += '%'; continue; }
+      if (conv == '%') {
+        text += '%';
+        continue;
+      }
       bool wide = spec.find("ll") != std::string::npos || spec.find('l') != std::string::npos ||
                   spec.find('z') != std::string::npos || conv == 'p' || conv == 's' ||
                   std::strchr("fFeEgGaA", conv);

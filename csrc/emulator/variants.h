@@ -4,11 +4,11 @@
 #include "engine.h"
 
 namespace emu {
-#define EMU_VARIANT(isa)                    \
-  namespace isa {                           \
-  int launch(const Program& p, Launch& l);  \
-  int op_count();                           \
-  const char* op_name(int k);               \
+#define EMU_VARIANT(isa)                   \
+  namespace isa {                          \
+  int launch(const Program& p, Launch& l); \
+  int op_count();                          \
+  const char* op_name(int k);              \
   }
 EMU_VARIANT(portable)
 EMU_VARIANT(avx2)

@@ -25,7 +25,8 @@ mangled name or a part of it that only one kernel has. A `Kernel` has
 
 **Running.** ``emulate(kernel, grid, block, args, device=, checks=, seed=, shared_bytes=, ...)``
 takes NumPy arrays, torch tensors and numbers. Each tensor is a region of its own, far from all
-others, so that an index out of bounds never lands in a neighbour. ``launch`` is the layer below, for
+others, so that an index out of bounds never lands in a neighbour. ``launch`` is the layer
+below, for
 those who have argument bytes already (the CUDA runtime's stand-in)::
 
     launch(kernel, grid, block, arguments: bytes, regions: list[Region], shared_bytes=0,
@@ -77,6 +78,24 @@ from .launch import (
 )
 from .ptx import Location
 
-__all__ = ["CHECKS", "Counts", "EmulatorError", "Kernel", "KernelError", "LaunchError", "Location",
-           "Module", "Param", "PtxError", "Region", "Report", "Result", "decode", "devices", "emulate",
-           "emulate_orders", "launch", "uninitialized"]  # fmt: skip
+__all__ = [
+    "CHECKS",
+    "Counts",
+    "EmulatorError",
+    "Kernel",
+    "KernelError",
+    "LaunchError",
+    "Location",
+    "Module",
+    "Param",
+    "PtxError",
+    "Region",
+    "Report",
+    "Result",
+    "decode",
+    "devices",
+    "emulate",
+    "emulate_orders",
+    "launch",
+    "uninitialized",
+]

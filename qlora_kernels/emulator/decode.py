@@ -1,6 +1,7 @@
 """From a parsed kernel to the engine's program.
 
-Calls are inlined (device code has no recursion worth the name), control flow is cut into basic blocks
+Calls are inlined (device code has no recursion worth the name), control flow is cut into basic
+blocks
 and these are put in an order in which lanes that parted meet again, virtual registers are packed
 into few slots by their live ranges, and every operand becomes an offset into a warp's register
 file. `isa` says what each instruction is to the engine.
@@ -24,25 +25,68 @@ __all__ = ["Decoded", "Kernel", "Param", "Row", "decode"]
 PARAM_BASE = 3 << 56  # where a kernel's parameters lie if their address is taken
 
 INST = np.dtype(
-    [("op", "<u4"), ("guard", "<i4"), ("guard_xor", "<u4"), ("flags", "<u4"), ("o", "<i4", 6),
-     ("id", "<u4"), ("n", "<u4"), ("list", "<i4"), ("taint", "<i4"), ("imm", "<i8"), ("imm2", "<i8")]
-)  # fmt: skip
+    [
+        ("op", "<u4"),
+        ("guard", "<i4"),
+        ("guard_xor", "<u4"),
+        ("flags", "<u4"),
+        ("o", "<i4", 6),
+        ("id", "<u4"),
+        ("n", "<u4"),
+        ("list", "<i4"),
+        ("taint", "<i4"),
+        ("imm", "<i8"),
+        ("imm2", "<i8"),
+    ]
+)
 BLOCK = np.dtype([("first", "<i4"), ("last", "<i4"), ("next", "<i4"), ("sync", "<i4")])
 
 TAINT, CONTROL, STRONG, ACQUIRE, RELEASE, CONST, CHECK = 1, 2, 4, 8, 16, 32, 64
 UNCOUNTED = 128
 
 SPECIALS = {
-    "%tid.x": 0, "%tid.y": 1, "%tid.z": 2, "%ntid.x": 3, "%ntid.y": 4, "%ntid.z": 5, "%ctaid.x": 6,
-    "%ctaid.y": 7, "%ctaid.z": 8, "%nctaid.x": 9, "%nctaid.y": 10, "%nctaid.z": 11, "%laneid": 12,
-    "%warpid": 13, "%nwarpid": 14, "%smid": 15, "%nsmid": 16, "%gridid": 17, "%lanemask_eq": 18,
-    "%lanemask_lt": 19, "%lanemask_le": 20, "%lanemask_gt": 21, "%lanemask_ge": 22,
-    "%dynamic_smem_size": 23, "%total_smem_size": 24, "%clusterid.x": 6, "%clusterid.y": 7,
-    "%clusterid.z": 8, "%nclusterid.x": 9, "%nclusterid.y": 10, "%nclusterid.z": 11,
-}  # fmt: skip
-FIXED = {"%cluster_ctaid.x": 0, "%cluster_ctaid.y": 0, "%cluster_ctaid.z": 0, "%cluster_nctaid.x": 1,
-         "%cluster_nctaid.y": 1, "%cluster_nctaid.z": 1, "%cluster_ctarank": 0,
-         "%cluster_nctarank": 1}  # fmt: skip
+    "%tid.x": 0,
+    "%tid.y": 1,
+    "%tid.z": 2,
+    "%ntid.x": 3,
+    "%ntid.y": 4,
+    "%ntid.z": 5,
+    "%ctaid.x": 6,
+    "%ctaid.y": 7,
+    "%ctaid.z": 8,
+    "%nctaid.x": 9,
+    "%nctaid.y": 10,
+    "%nctaid.z": 11,
+    "%laneid": 12,
+    "%warpid": 13,
+    "%nwarpid": 14,
+    "%smid": 15,
+    "%nsmid": 16,
+    "%gridid": 17,
+    "%lanemask_eq": 18,
+    "%lanemask_lt": 19,
+    "%lanemask_le": 20,
+    "%lanemask_gt": 21,
+    "%lanemask_ge": 22,
+    "%dynamic_smem_size": 23,
+    "%total_smem_size": 24,
+    "%clusterid.x": 6,
+    "%clusterid.y": 7,
+    "%clusterid.z": 8,
+    "%nclusterid.x": 9,
+    "%nclusterid.y": 10,
+    "%nclusterid.z": 11,
+}
+FIXED = {
+    "%cluster_ctaid.x": 0,
+    "%cluster_ctaid.y": 0,
+    "%cluster_ctaid.z": 0,
+    "%cluster_nctaid.x": 1,
+    "%cluster_nctaid.y": 1,
+    "%cluster_nctaid.z": 1,
+    "%cluster_ctarank": 0,
+    "%cluster_nctarank": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -210,19 +254,26 @@ class _Flat:
         if key not in self.rows:
             text = self.lines[ins.line - 1].strip()
             index = len(self.kernel.rows)
-            self.kernel.rows.append(Row(index, ins.opcode, text, ins.line, ins.loc, -1, function.name))
+            self.kernel.rows.append(
+                Row(index, ins.opcode, text, ins.line, ins.loc, -1, function.name)
+            )
             self.rows[key] = index
         return self.rows[key]
 
     def walk(self, f: ptx.Function, prefix: str, stack: list[str]) -> None:
         if f.body is None:
-            raise PtxError(f"{f.name} has no body: it is defined in another file, which must be linked "
-                           "in (nvcc without -rdc=true puts everything into one)", f.line)  # fmt: skip
+            raise PtxError(
+                f"{f.name} has no body: it is defined in another file, which must be linked "
+                "in (nvcc without -rdc=true puts everything into one)",
+                f.line,
+            )
         for name, v in f.variables.items():
             if v.space == "shared":
                 self.shared[name] = v
             elif v.space in ("local", "param"):
-                self.local_variable(prefix + name, v.size, max(v.align, 8 if v.space == "param" else 1))
+                self.local_variable(
+                    prefix + name, v.size, max(v.align, 8 if v.space == "param" else 1)
+                )
         exit_label = prefix + "<return>"
         body = f.body
         k = 0
@@ -236,7 +287,9 @@ class _Flat:
             elif x.base == "call":
                 self.call(f, x, prefix, stack)
             elif x.base == "ret" and stack:
-                jump = ptx.Instruction("bra", [ptx.Symbol("<return>")], x.guard, x.line, x.column, x.loc)
+                jump = ptx.Instruction(
+                    "bra", [ptx.Symbol("<return>")], x.guard, x.line, x.column, x.loc
+                )
                 self.items.append(_Item(jump, prefix, f, self.row(f, x)))
             else:
                 self.items.append(_Item(x, prefix, f, self.row(f, x)))
@@ -256,7 +309,9 @@ class _Flat:
             if name in ("malloc", "free"):
                 raise self.error(x, f"{name} on the device: not executed")
             row = self.row(f, x)
-            call = ptx.Instruction(f"<{name}>", [*returns, *given], x.guard, x.line, x.column, x.loc)
+            call = ptx.Instruction(
+                f"<{name}>", [*returns, *given], x.guard, x.line, x.column, x.loc
+            )
             self.items.append(_Item(call, prefix, f, row))
             return
         if callee is None:
@@ -264,8 +319,11 @@ class _Flat:
         if name in stack or name == self.kernel.name:
             raise self.error(x, f"{name} calls itself: recursion is not executed")
         if len(given) != len(callee.params) or len(returns) != len(callee.returns):
-            raise self.error(x, f"{name} takes {len(callee.params)} arguments and returns "
-                                f"{len(callee.returns)}, not {len(given)} and {len(returns)}")  # fmt: skip
+            raise self.error(
+                x,
+                f"{name} takes {len(callee.params)} arguments and returns "
+                f"{len(callee.returns)}, not {len(given)} and {len(returns)}",
+            )
         self.instances += 1
         inner = f"{name}#{self.instances}:"
         row = self.row(f, x)
@@ -273,28 +331,50 @@ class _Flat:
         if x.guard is not None:
             skip = f"{inner}<skip>"
             guard = ptx.Register(x.guard.name, not x.guard.negated)
-            jump = ptx.Instruction("bra", [ptx.Symbol("<label>" + skip)], guard, x.line, x.column, x.loc)
+            jump = ptx.Instruction(
+                "bra", [ptx.Symbol("<label>" + skip)], guard, x.line, x.column, x.loc
+            )
             self.items.append(_Item(jump, prefix, f, row))
         before = []
         for formal, actual in zip(callee.params, given, strict=True):
             if isinstance(actual, ptx.Symbol) and not f.register_type(actual.name):
-                self.alias[inner + formal.name] = self.alias.get(prefix + actual.name, prefix + actual.name)
+                self.alias[inner + formal.name] = self.alias.get(
+                    prefix + actual.name, prefix + actual.name
+                )
             else:  # a register or a constant
                 if formal.space == "reg":
                     raise self.error(x, "a call with .reg parameters: not executed")
                 self.local_variable(inner + formal.name, formal.size, 8)
                 op = f"st.param.b{8 * formal.size}"
-                before.append(ptx.Instruction(op, [ptx.Memory(ptx.Symbol("<name>" + inner + formal.name)), actual],
-                                              None, x.line, x.column, x.loc))  # fmt: skip
+                before.append(
+                    ptx.Instruction(
+                        op,
+                        [ptx.Memory(ptx.Symbol("<name>" + inner + formal.name)), actual],
+                        None,
+                        x.line,
+                        x.column,
+                        x.loc,
+                    )
+                )
         after = []
         for formal, actual in zip(callee.returns, returns, strict=True):
             if isinstance(actual, ptx.Symbol) and not f.register_type(actual.name):
-                self.alias[inner + formal.name] = self.alias.get(prefix + actual.name, prefix + actual.name)
+                self.alias[inner + formal.name] = self.alias.get(
+                    prefix + actual.name, prefix + actual.name
+                )
             else:
                 self.local_variable(inner + formal.name, formal.size, 8)
                 op = f"ld.param.b{8 * formal.size}"
-                after.append(ptx.Instruction(op, [actual, ptx.Memory(ptx.Symbol("<name>" + inner + formal.name))],
-                                             None, x.line, x.column, x.loc))  # fmt: skip
+                after.append(
+                    ptx.Instruction(
+                        op,
+                        [actual, ptx.Memory(ptx.Symbol("<name>" + inner + formal.name))],
+                        None,
+                        x.line,
+                        x.column,
+                        x.loc,
+                    )
+                )
         self.items += [_Item(i, prefix, f, row) for i in before]
         self.walk(callee, inner, [*stack, name])
         self.items += [_Item(i, prefix, f, row) for i in after]
@@ -334,7 +414,8 @@ def _order(blocks: list[_Block]) -> list[int]:
     out: list[int] = []
 
     def components(nodes: set[int], root: int) -> Iterable[list[int]]:
-        """Strongly connected components, those that come first first (Tarjan, without recursion)."""
+        """Strongly connected components, those that come first first (Tarjan, without
+        recursion)."""
         index: dict[int, int] = {}
         low: dict[int, int] = {}
         on: set[int] = set()
@@ -343,7 +424,9 @@ def _order(blocks: list[_Block]) -> list[int]:
         for start in [root, *sorted(nodes)]:
             if start in index:
                 continue
-            work = [(start, iter(sorted((s for s in blocks[start].succ if s in nodes), reverse=True)))]
+            work = [
+                (start, iter(sorted((s for s in blocks[start].succ if s in nodes), reverse=True)))
+            ]
             index[start] = low[start] = len(index)
             stack.append(start)
             on.add(start)
@@ -354,7 +437,14 @@ def _order(blocks: list[_Block]) -> list[int]:
                         index[w] = low[w] = len(index)
                         stack.append(w)
                         on.add(w)
-                        work.append((w, iter(sorted((s for s in blocks[w].succ if s in nodes), reverse=True))))
+                        work.append(
+                            (
+                                w,
+                                iter(
+                                    sorted((s for s in blocks[w].succ if s in nodes), reverse=True)
+                                ),
+                            )
+                        )
                         break
                     if w in on:
                         low[v] = min(low[v], index[w])
@@ -417,12 +507,16 @@ def decode(kernel: Kernel) -> Decoded:
             leaders.add(k)
     starts = sorted(k for k in leaders if k < len(code))
     at = {k: n for n, k in enumerate(starts)}
-    blocks = [_Block(s, e, code[s].sync) for s, e in zip(starts, [*starts[1:], len(code)], strict=True)]
+    blocks = [
+        _Block(s, e, code[s].sync) for s, e in zip(starts, [*starts[1:], len(code)], strict=True)
+    ]
 
     def block_of(label: str, e: Emitted) -> int:
         if label not in labels:
             row = kernel.rows[e.row]
-            raise PtxError(f"a branch to {label}, which the function does not have", row.ptx_line, 0, row.text)
+            raise PtxError(
+                f"a branch to {label}, which the function does not have", row.ptx_line, 0, row.text
+            )
         return at[labels[label]] if labels[label] in at else len(blocks)
 
     for n, b in enumerate(blocks):
@@ -531,7 +625,8 @@ def decode(kernel: Kernel) -> Decoded:
         slots[n] = top
         special.append((emitter.specials[n], top))
         top += 256 if wide else 128
-    # A destination never shares its slot with a source of the same instruction that dies there: some
+    # A destination never shares its slot with a source of the same instruction that dies there:
+    # some
     # operations write before they have read everything. So a slot is free after the last use.
     active: list[tuple[int, str]] = []
     import heapq
@@ -583,21 +678,21 @@ def decode(kernel: Kernel) -> Decoded:
     n_code = sum(blocks[b].end - blocks[b].start for b in order)
     inst = np.zeros(n_code, INST)
     lists: list[int] = [0]
-    pool: dict[Any, int] = {}
+    constant_at: dict[Any, int] = {}
     data = bytearray()
     relocations: list[tuple[int, str, int]] = []
 
     def constant(c: Const) -> int:
         key = (c.bits, c.width, c.symbol)
-        if key not in pool:
-            pool[key] = len(data)
+        if key not in constant_at:
+            constant_at[key] = len(data)
             size = 8 if c.width == 64 else 4
             if c.symbol is not None:
                 relocations.append((len(data), c.symbol, c.bits))
                 data.extend(bytes(32 * size))
             else:
                 data.extend((c.bits & ((1 << 8 * size) - 1)).to_bytes(size, "little") * 32)
-        return pool[key] | 1
+        return constant_at[key] | 1
 
     def operand(x: Any) -> int:
         if x is None:
@@ -613,7 +708,12 @@ def decode(kernel: Kernel) -> Decoded:
     op_ids = emitter.op_ids
     for n, b in enumerate(order):
         blk = blocks[b]
-        block_array[n] = (at_, at_ + blk.end - blk.start, position.get(blk.next, -1) if blk.next >= 0 else -1, blk.sync)
+        block_array[n] = (
+            at_,
+            at_ + blk.end - blk.start,
+            position.get(blk.next, -1) if blk.next >= 0 else -1,
+            blk.sync,
+        )
         for e in code[blk.start : blk.end]:
             r = inst[at_]
             r["op"] = op_ids[e.op]
@@ -656,15 +756,24 @@ def decode(kernel: Kernel) -> Decoded:
     taint_init = [taint_index(n) for n in undefined if n in slots or n in preds] if spread else []
     layout, static, dynamic = emitter.shared_layout()
     result = Decoded(
-        inst=inst, block=block_array, lists=np.array(lists, np.int32),
+        inst=inst,
+        block=block_array,
+        lists=np.array(lists, np.int32),
         constants=np.frombuffer(bytes(data) or bytes(8), np.uint8).copy(),
         special=np.array(special or [(25, 0)], np.int32).reshape(-1, 2)[: len(special)].copy(),
-        relocations=relocations, register_bytes=register_bytes, n_pred=max(1, len(preds)),
-        local_bytes=-(-flat.local_bytes // 16) * 16, shared_granule=1 if emitter.narrow_shared else 4,
-        has_taint=spread, taint_init=np.array(taint_init, np.int32), shared_variables=layout,
-        dynamic_offset=dynamic, static_shared=static, writes=emitter.written(code, kernel),
+        relocations=relocations,
+        register_bytes=register_bytes,
+        n_pred=max(1, len(preds)),
+        local_bytes=-(-flat.local_bytes // 16) * 16,
+        shared_granule=1 if emitter.narrow_shared else 4,
+        has_taint=spread,
+        taint_init=np.array(taint_init, np.int32),
+        shared_variables=layout,
+        dynamic_offset=dynamic,
+        static_shared=static,
+        writes=emitter.written(code, kernel),
         uses_dynamic=emitter.uses_dynamic,
-    )  # fmt: skip
+    )
     return result
 
 
@@ -696,20 +805,50 @@ def taint(e: Emitted, r: Any, doubtful: set[str], index: Any, lists: list[int]) 
         else:
             lists += [5, len(targets), *[index(d) for d in targets], 1, src]
     elif e.op.startswith("selp"):
-        three = [index(x.name) if isinstance(x, Reg) and x.name in doubtful else -1 for x in (e.o[1], e.o[2], e.o[3])]
+        three = [
+            index(x.name) if isinstance(x, Reg) and x.name in doubtful else -1
+            for x in (e.o[1], e.o[2], e.o[3])
+        ]
         lists += [1, len(targets), *[index(d) for d in targets], 3, *three]
     elif e.op == "mma":
         nd, na, nb = e.parts
         regs = e.items or []
         ix = [index(x.name) if isinstance(x, Reg) else -1 for x in regs]
         if any(i < 0 for i in ix):  # constants among the operands
-            lists += [0, len(targets), *[index(d) for d in targets], len(sources), *[index(u) for u in sources]]
+            lists += [
+                0,
+                len(targets),
+                *[index(d) for d in targets],
+                len(sources),
+                *[index(u) for u in sources],
+            ]
         else:
             lists += [3, nd, *ix[:nd], len(ix) - nd, *ix[nd:], na, nb]
+    elif e.op == "wgmma":
+        others = [u for u in sources if u not in e.defs]
+        lists += [
+            6,
+            len(targets),
+            *[index(d) for d in targets],
+            len(others),
+            *[index(u) for u in others],
+        ]
     elif e.op.startswith(("vote", "match", "redux")):
-        lists += [4, len(targets), *[index(d) for d in targets], len(sources), *[index(u) for u in sources]]
+        lists += [
+            4,
+            len(targets),
+            *[index(d) for d in targets],
+            len(sources),
+            *[index(u) for u in sources],
+        ]
     else:
-        lists += [0, len(targets), *[index(d) for d in targets], len(sources), *[index(u) for u in sources]]
+        lists += [
+            0,
+            len(targets),
+            *[index(d) for d in targets],
+            len(sources),
+            *[index(u) for u in sources],
+        ]
 
 
 def is_identifier(name: str) -> bool:

@@ -14,37 +14,76 @@ __all__ = ["isa", "library", "op_ids"]
 
 class Region(ctypes.Structure):
     _fields_ = [
-        ("base", ctypes.c_uint64), ("size", ctypes.c_uint64), ("host", ctypes.c_void_p),
-        ("initialized", ctypes.c_void_p), ("read_sectors", ctypes.c_void_p),
-        ("written_sectors", ctypes.c_void_p), ("writable", ctypes.c_uint32), ("tracked", ctypes.c_uint32),
-        ("sectors_read", ctypes.c_uint64), ("sectors_written", ctypes.c_uint64),
-    ]  # fmt: skip
+        ("base", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("host", ctypes.c_void_p),
+        ("initialized", ctypes.c_void_p),
+        ("read_sectors", ctypes.c_void_p),
+        ("written_sectors", ctypes.c_void_p),
+        ("writable", ctypes.c_uint32),
+        ("tracked", ctypes.c_uint32),
+        ("sectors_read", ctypes.c_uint64),
+        ("sectors_written", ctypes.c_uint64),
+    ]
 
 
 class Program(ctypes.Structure):
     _fields_ = [
         *[(n, ctypes.c_void_p) for n in ("inst", "block", "lists", "constants", "special")],
-        *[(n, ctypes.c_int32) for n in (
-            "n_inst", "n_block", "n_special", "n_lists", "register_bytes", "n_pred", "n_rows",
-            "local_bytes", "shared_granule", "constant_bytes", "has_taint", "n_taint_init")],
+        *[
+            (n, ctypes.c_int32)
+            for n in (
+                "n_inst",
+                "n_block",
+                "n_special",
+                "n_lists",
+                "register_bytes",
+                "n_pred",
+                "n_rows",
+                "local_bytes",
+                "shared_granule",
+                "constant_bytes",
+                "has_taint",
+                "n_taint_init",
+            )
+        ],
         ("taint_init", ctypes.c_void_p),
-    ]  # fmt: skip
+    ]
 
 
 class Launch(ctypes.Structure):
     _fields_ = [
-        ("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3), ("cluster", ctypes.c_uint32 * 3),
-        ("checks", ctypes.c_uint32), ("params", ctypes.c_void_p), ("param_bytes", ctypes.c_uint64),
-        ("param_base", ctypes.c_uint64), ("regions", ctypes.c_void_p), ("n_regions", ctypes.c_uint64),
-        ("static_shared", ctypes.c_uint32), ("dynamic_shared", ctypes.c_uint32),
-        ("shared_map", ctypes.c_void_p), ("shared_total", ctypes.c_uint32),
-        ("max_resident", ctypes.c_uint32), ("seed", ctypes.c_uint64), ("budget", ctypes.c_uint64),
-        ("quantum", ctypes.c_uint32), ("cooperative", ctypes.c_uint32), ("block_list", ctypes.c_void_p),
-        ("n_blocks", ctypes.c_uint64), ("counts", ctypes.c_void_p), ("reports", ctypes.c_void_p),
-        ("max_reports", ctypes.c_uint64), ("n_reports", ctypes.c_uint64), ("print", ctypes.c_void_p),
-        ("print_size", ctypes.c_uint64), ("print_used", ctypes.c_uint64), ("totals", ctypes.c_uint64 * 8),
-        ("window", ctypes.c_uint32), ("smid_count", ctypes.c_uint32),
-    ]  # fmt: skip
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("cluster", ctypes.c_uint32 * 3),
+        ("checks", ctypes.c_uint32),
+        ("params", ctypes.c_void_p),
+        ("param_bytes", ctypes.c_uint64),
+        ("param_base", ctypes.c_uint64),
+        ("regions", ctypes.c_void_p),
+        ("n_regions", ctypes.c_uint64),
+        ("static_shared", ctypes.c_uint32),
+        ("dynamic_shared", ctypes.c_uint32),
+        ("shared_map", ctypes.c_void_p),
+        ("shared_total", ctypes.c_uint32),
+        ("max_resident", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64),
+        ("budget", ctypes.c_uint64),
+        ("quantum", ctypes.c_uint32),
+        ("cooperative", ctypes.c_uint32),
+        ("block_list", ctypes.c_void_p),
+        ("n_blocks", ctypes.c_uint64),
+        ("counts", ctypes.c_void_p),
+        ("reports", ctypes.c_void_p),
+        ("max_reports", ctypes.c_uint64),
+        ("n_reports", ctypes.c_uint64),
+        ("print", ctypes.c_void_p),
+        ("print_size", ctypes.c_uint64),
+        ("print_used", ctypes.c_uint64),
+        ("totals", ctypes.c_uint64 * 8),
+        ("window", ctypes.c_uint32),
+        ("smid_count", ctypes.c_uint32),
+    ]
 
 
 def _path() -> Path:
@@ -58,7 +97,8 @@ def library() -> ctypes.CDLL:
     path = _path()
     if not path.is_file():
         raise EmulatorError(
-            f"the emulator's engine {path} is not there: build it with `make build` (it needs a C++20 "
+            f"the emulator's engine {path} is not there: build it with `make build` (it needs a "
+            f"C++20 "
             "compiler and CMake), or set EMULATOR_LIBRARY to where it is"
         )
     lib = ctypes.CDLL(str(path))
@@ -67,11 +107,20 @@ def library() -> ctypes.CDLL:
     from .decode import BLOCK, INST
     from .launch import COUNT, REPORT
 
-    mine = [INST.itemsize, BLOCK.itemsize, ctypes.sizeof(Region), COUNT.itemsize, REPORT.itemsize,
-            ctypes.sizeof(Program), ctypes.sizeof(Launch)]  # fmt: skip
+    mine = [
+        INST.itemsize,
+        BLOCK.itemsize,
+        ctypes.sizeof(Region),
+        COUNT.itemsize,
+        REPORT.itemsize,
+        ctypes.sizeof(Program),
+        ctypes.sizeof(Launch),
+    ]
     theirs = [lib.emu_sizes(k) for k in range(len(mine))]
     if mine != theirs:
-        raise EmulatorError(f"{path} is of another version than this package ({theirs}, {mine}): rebuild it")
+        raise EmulatorError(
+            f"{path} is of another version than this package ({theirs}, {mine}): rebuild it"
+        )
     return lib
 
 

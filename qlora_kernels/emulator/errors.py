@@ -28,7 +28,8 @@ class LaunchError(EmulatorError, ValueError):
 
 
 class KernelError(EmulatorError):
-    """A kernel that was stopped, or in which the checkers found something. ``result`` has all of it."""
+    """A kernel that was stopped, or in which the checkers found something. ``result`` has all
+    of it."""
 
     def __init__(self, message: str, result: Any = None) -> None:
         super().__init__(message)

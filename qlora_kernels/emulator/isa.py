@@ -1,7 +1,7 @@
 """What each PTX instruction is to the engine.
 
-One method a family, ``do_<opcode>``; it reads the modifiers it knows off the instruction's list, and
-one that is left over is an error that names it: nothing is ignored because it was not understood.
+One method a family, ``do_<opcode>``; it takes the modifiers it knows off the instruction's list,
+and one that is left over is an error that names it: nothing is ignored for not being understood.
 """
 
 from __future__ import annotations
@@ -75,14 +75,55 @@ def width_of(kind: str) -> int:
     return 64 if SIZES[kind] == 8 else 32
 
 
-_CACHE = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "evict_normal", "evict_first", "evict_last",
-          "evict_unchanged", "no_allocate", "L1::evict_normal", "L1::evict_first", "L1::evict_last",
-          "L1::evict_unchanged", "L1::no_allocate", "L2::evict_normal", "L2::evict_first",
-          "L2::evict_last", "L2::cache_hint", "L2::64B", "L2::128B", "L2::256B")  # fmt: skip
+ELEMENTS = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 3, "e5m2": 4, "s8": 5, "u8": 6}
+_CACHE = (
+    "ca",
+    "cg",
+    "cs",
+    "lu",
+    "cv",
+    "wb",
+    "wt",
+    "evict_normal",
+    "evict_first",
+    "evict_last",
+    "evict_unchanged",
+    "no_allocate",
+    "L1::evict_normal",
+    "L1::evict_first",
+    "L1::evict_last",
+    "L1::evict_unchanged",
+    "L1::no_allocate",
+    "L2::evict_normal",
+    "L2::evict_first",
+    "L2::evict_last",
+    "L2::cache_hint",
+    "L2::64B",
+    "L2::128B",
+    "L2::256B",
+)
 _SCOPES = ("cta", "cluster", "gpu", "sys")
 _ROUND = ("rn", "rz", "rm", "rp")
-_COMPARE = ("eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu", "ltu", "leu",
-            "gtu", "geu", "num", "nan")  # fmt: skip
+_COMPARE = (
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "lo",
+    "ls",
+    "hi",
+    "hs",
+    "equ",
+    "neu",
+    "ltu",
+    "leu",
+    "gtu",
+    "geu",
+    "num",
+    "nan",
+)
 
 
 class Emitter:
@@ -140,9 +181,16 @@ class Emitter:
             return None
         kind = self.item.function.register_type(name)
         if kind is None:
-            if name.startswith("%") and name not in ("%clock", "%clock64", "%globaltimer", "%globaltimer_lo"):
-                raise self.error(f"register {name} was not declared, or is a special register "
-                                 "that the emulator does not have")  # fmt: skip
+            if name.startswith("%") and name not in (
+                "%clock",
+                "%clock64",
+                "%globaltimer",
+                "%globaltimer_lo",
+            ):
+                raise self.error(
+                    f"register {name} was not declared, or is a special register "
+                    "that the emulator does not have"
+                )
             return None
         unique = self.item.prefix + name
         self.types[unique], self.kinds[unique] = width_of(kind), kind
@@ -164,7 +212,9 @@ class Emitter:
         if r is None:
             raise self.error(f"{self.item.ins.opcode}: {x.name} is not a register")
         if self.types[r.name] != width_of(kind):
-            raise self.error(f"{self.item.ins.opcode}: {x.name} is .{self.kinds[r.name]}, not .{kind}")
+            raise self.error(
+                f"{self.item.ins.opcode}: {x.name} is .{self.kinds[r.name]}, not .{kind}"
+            )
         return r
 
     def sink(self, x: Any) -> bool:
@@ -197,8 +247,10 @@ class Emitter:
         if kind in ("f32", "f64", "f16", "bf16") and x.kind != "int":
             if x.kind == kind or kind in ("f16", "bf16"):
                 return x.value
-            value = struct.unpack("<d" if x.kind == "f64" else "<f",
-                                  x.value.to_bytes(8 if x.kind == "f64" else 4, "little"))[0]  # fmt: skip
+            value = struct.unpack(
+                "<d" if x.kind == "f64" else "<f",
+                x.value.to_bytes(8 if x.kind == "f64" else 4, "little"),
+            )[0]
             code = "<f" if kind == "f32" else "<d"
             return int.from_bytes(struct.pack(code, value), "little")
         if kind in ("f32", "f64") and x.kind == "int":
@@ -215,7 +267,8 @@ class Emitter:
         if local in self.flat.local:
             return Const(self.flat.local[local] + x.offset, width)
         if name in self.flat.shared or (
-            name in self.flat.module.variables and self.flat.module.variables[name].space == "shared"
+            name in self.flat.module.variables
+            and self.flat.module.variables[name].space == "shared"
         ):
             return Const(self.shared_offset(name) + x.offset, width)
         if not prefix and name in self.params:
@@ -238,7 +291,8 @@ class Emitter:
         return self._layout[name]
 
     def _lay_out(self) -> None:
-        """Static variables with gaps between them, so that an index too far is seen; then the rest."""
+        """Static variables with gaps between them, so that an index too far is seen; then the
+        rest."""
         self._layout, at = {}, 0
         self.static_bytes = 0
         self.shared_list: list[tuple[str, int, int]] = []
@@ -379,8 +433,10 @@ class Emitter:
 
     def need(self, *counts: int) -> list[Any]:
         if len(self.ops) not in counts:
-            raise self.error(f"{self.item.ins.opcode}: {len(self.ops)} operands, expected "
-                             + " or ".join(map(str, counts)))  # fmt: skip
+            raise self.error(
+                f"{self.item.ins.opcode}: {len(self.ops)} operands, expected "
+                + " or ".join(map(str, counts))
+            )
         return self.ops
 
     # -- arithmetic --------------------------------------------------------------------------------
@@ -392,7 +448,14 @@ class Emitter:
         if kind in ("f16", "f16x2", "bf16", "bf16x2"):
             if rnd not in (None, "rn"):
                 raise self.error(f"{self.item.ins.opcode}: rounding .{rnd} of .{kind}")
-            return base + (".ftz" if ftz else "") + (".sat" if sat else "") + (".relu" if relu else "") + "." + kind
+            return (
+                base
+                + (".ftz" if ftz else "")
+                + (".sat" if sat else "")
+                + (".relu" if relu else "")
+                + "."
+                + kind
+            )
         if relu:
             self.mods.append("relu")
         if rounded:
@@ -425,7 +488,9 @@ class Emitter:
     def carry(self, kind: str, imm: int) -> None:
         d, a, b = self.need(3)
         width = SIZES[kind] * 8
-        e = self.alu(f"addc.{width}", self.dst(d, kind), self.src(a, kind), self.src(b, kind), imm=imm)
+        e = self.alu(
+            f"addc.{width}", self.dst(d, kind), self.src(a, kind), self.src(b, kind), imm=imm
+        )
         e.early = True
 
     def do_add(self) -> None:
@@ -454,7 +519,9 @@ class Emitter:
         d, a, b = self.need(3)
         self.multiply("mul", how, kind, d, [self.src(a, kind), self.src(b, kind)])
 
-    def multiply(self, base: str, how: str | None, kind: str, d: Any, sources: list[Source]) -> None:
+    def multiply(
+        self, base: str, how: str | None, kind: str, d: Any, sources: list[Source]
+    ) -> None:
         if how is None:
             raise self.error(f"{self.item.ins.opcode}: .lo, .hi or .wide is missing")
         bits = int(kind[1:])
@@ -483,7 +550,9 @@ class Emitter:
             self.multiply_into(how, kind, t, a, b)
             self.alu(f"addc.{kind[1:]}", self.dst(d, kind), t, self.src(c, kind), imm=2)
             return
-        self.multiply("mad", how, kind, d, [self.src(a, kind), self.src(b, kind), self.src(c, ckind)])
+        self.multiply(
+            "mad", how, kind, d, [self.src(a, kind), self.src(b, kind), self.src(c, ckind)]
+        )
 
     def multiply_into(self, how: str | None, kind: str, t: Reg, a: Any, b: Any) -> None:
         name = f"mul.lo.u{kind[1:]}" if how == "lo" else f"mul.hi.{kind}"
@@ -496,7 +565,9 @@ class Emitter:
         d, a, b, c = self.need(4)
         t = self.temporary(width_of(kind))
         self.multiply_into(how, kind, t, a, b)
-        self.alu(f"addc.{kind[1:]}", self.dst(d, kind), t, self.src(c, kind), imm=1 | (2 if cc else 0))
+        self.alu(
+            f"addc.{kind[1:]}", self.dst(d, kind), t, self.src(c, kind), imm=1 | (2 if cc else 0)
+        )
 
     def do_mul24(self) -> None:
         kind = self.type()
@@ -519,7 +590,14 @@ class Emitter:
         d, a, b, c = self.need(4)
         name = self.float_name("fma", kind)
         imm = 16 if kind == "f32x2" and self.has("ftz") else 0
-        self.alu(name, self.dst(d, kind), self.src(a, kind), self.src(b, kind), self.src(c, kind), imm=imm)
+        self.alu(
+            name,
+            self.dst(d, kind),
+            self.src(a, kind),
+            self.src(b, kind),
+            self.src(c, kind),
+            imm=imm,
+        )
 
     def do_div(self) -> None:
         kind = self.type()
@@ -632,7 +710,9 @@ class Emitter:
         kind = self.type()
         d, a = self.need(2)
         what = self.take("finite", "infinite", "number", "notanumber", "normal", "subnormal")
-        code = ["finite", "infinite", "number", "notanumber", "normal", "subnormal"].index(what or "finite")
+        code = ["finite", "infinite", "number", "notanumber", "normal", "subnormal"].index(
+            what or "finite"
+        )
         p, _ = self.pred(d)
         s = self.src(a, kind)
         e = self.put("testp", [p, s], imm=code, imm2=64 if kind == "f64" else 32)
@@ -650,7 +730,9 @@ class Emitter:
             e = self.put(f"{base}.pred", [d, *(s for s, _ in sources)], imm=imm)
             e.defs, e.uses = [d.name], [s.name for s, _ in sources if isinstance(s, Reg)]
             return
-        self.alu(f"{base}.b{kind[1:]}", self.dst(ops[0], kind), *(self.src(s, kind) for s in ops[1:]))
+        self.alu(
+            f"{base}.b{kind[1:]}", self.dst(ops[0], kind), *(self.src(s, kind) for s in ops[1:])
+        )
 
     def do_and(self) -> None:
         self.logic("and")
@@ -671,7 +753,9 @@ class Emitter:
         kind = self.type()
         d, a, n = self.need(3)
         letter = "s" if base == "shr" and kind[0] == "s" else "u" if base == "shr" else "b"
-        self.alu(f"{base}.{letter}{kind[1:]}", self.dst(d, kind), self.src(a, kind), self.src(n, "u32"))
+        self.alu(
+            f"{base}.{letter}{kind[1:]}", self.dst(d, kind), self.src(a, kind), self.src(n, "u32")
+        )
 
     def do_shl(self) -> None:
         self.shift("shl")
@@ -683,17 +767,36 @@ class Emitter:
         self.type()
         side, mode = self.take("l", "r"), self.take("wrap", "clamp")
         d, a, b, n = self.need(4)
-        self.alu(f"shf.{side}.{mode}.b32", self.dst(d, "b32"), self.src(a, "b32"), self.src(b, "b32"), self.src(n, "u32"))
+        self.alu(
+            f"shf.{side}.{mode}.b32",
+            self.dst(d, "b32"),
+            self.src(a, "b32"),
+            self.src(b, "b32"),
+            self.src(n, "u32"),
+        )
 
     def do_bfe(self) -> None:
         kind = self.type()
         d, a, b, c = self.need(4)
-        self.alu(f"bfe.{kind}", self.dst(d, kind), self.src(a, kind), self.src(b, "u32"), self.src(c, "u32"))
+        self.alu(
+            f"bfe.{kind}",
+            self.dst(d, kind),
+            self.src(a, kind),
+            self.src(b, "u32"),
+            self.src(c, "u32"),
+        )
 
     def do_bfi(self) -> None:
         kind = self.type()
         d, a, b, c, n = self.need(5)
-        self.alu(f"bfi.{kind}", self.dst(d, kind), self.src(a, kind), self.src(b, kind), self.src(c, "u32"), self.src(n, "u32"))
+        self.alu(
+            f"bfi.{kind}",
+            self.dst(d, kind),
+            self.src(a, kind),
+            self.src(b, kind),
+            self.src(c, "u32"),
+            self.src(n, "u32"),
+        )
 
     def do_bfind(self) -> None:
         kind = self.type()
@@ -732,13 +835,22 @@ class Emitter:
             e.uses = [s.name for s in [*sources, qr] if isinstance(s, Reg)]
             return
         d, a, b, c, table = self.need(5)
-        self.alu("lop3.b32", self.dst(d, "b32"), *(self.src(s, "b32") for s in (a, b, c)), imm=table.value & 255)
+        self.alu(
+            "lop3.b32",
+            self.dst(d, "b32"),
+            *(self.src(s, "b32") for s in (a, b, c)),
+            imm=table.value & 255,
+        )
 
     def do_prmt(self) -> None:
         mode = self.take("f4e", "b4e", "rc8", "ecl", "ecr", "rc16")
         self.type()
         d, a, b, c = self.need(4)
-        self.alu("prmt.b32" + (f".{mode}" if mode else ""), self.dst(d, "b32"), *(self.src(s, "b32") for s in (a, b, c)))
+        self.alu(
+            "prmt.b32" + (f".{mode}" if mode else ""),
+            self.dst(d, "b32"),
+            *(self.src(s, "b32") for s in (a, b, c)),
+        )
 
     def do_sad(self) -> None:
         kind = self.type()
@@ -754,7 +866,9 @@ class Emitter:
         tb, ta = self.mods.pop(), self.mods.pop()
         half = self.take("lo", "hi")
         d, a, b, c = self.need(4)
-        self.alu(f"dp2a.{half}.{ta}.{tb}", self.dst(d, "b32"), *(self.src(s, "b32") for s in (a, b, c)))
+        self.alu(
+            f"dp2a.{half}.{ta}.{tb}", self.dst(d, "b32"), *(self.src(s, "b32") for s in (a, b, c))
+        )
 
     def do_fns(self) -> None:
         self.type()
@@ -784,7 +898,9 @@ class Emitter:
         name = "setp." + self.comparison(kind)
         combine = self.take("and", "or", "xor")
         ops = self.need(4 if combine else 3)
-        first, second = (ops[0].first, ops[0].second) if isinstance(ops[0], ptx.Pair) else (ops[0], None)
+        first, second = (
+            (ops[0].first, ops[0].second) if isinstance(ops[0], ptx.Pair) else (ops[0], None)
+        )
         p = -1 if self.sink(first) else self.pred(first)[0]
         q = -1 if second is None or self.sink(second) else self.pred(second)[0]
         a, b = self.src(ops[1], kind), self.src(ops[2], kind)
@@ -821,7 +937,9 @@ class Emitter:
         t = self.temporary(1)
         e = self.put(name, [t, -1, a, b, c], imm=imm)
         e.defs, e.uses = [t.name], [x.name for x in (a, b, c) if isinstance(x, Reg)]
-        true = {"f32": 0x3F800000, "f16": 0x3C00, "bf16": 0x3F80, "u16": 0xFFFF, "s16": 0xFFFF}.get(to, 0xFFFFFFFF)
+        true = {"f32": 0x3F800000, "f16": 0x3C00, "bf16": 0x3F80, "u16": 0xFFFF, "s16": 0xFFFF}.get(
+            to, 0xFFFFFFFF
+        )
         e = self.put("set.pred", [self.dst(ops[0], to), t], imm2=true)
         e.defs, e.uses = [self.dst(ops[0], to).name], [t.name]
 
@@ -838,7 +956,13 @@ class Emitter:
         kind = self.type()
         d, a, b, c = self.need(4)
         self.has("ftz")
-        self.alu(f"slct.{width_of(kind)}.{by}", self.dst(d, kind), self.src(a, kind), self.src(b, kind), self.src(c, by))
+        self.alu(
+            f"slct.{width_of(kind)}.{by}",
+            self.dst(d, kind),
+            self.src(a, kind),
+            self.src(b, kind),
+            self.src(c, by),
+        )
 
     # -- moves and conversions ---------------------------------------------------------------------
 
@@ -850,7 +974,12 @@ class Emitter:
             e = self.put("mov.pred", [p, s], imm=int(negated))
             e.defs, e.uses = [p.name], [s.name] if isinstance(s, Reg) else []
             return
-        if isinstance(a, ptx.Register) and a.name in ("%clock", "%clock64", "%globaltimer", "%globaltimer_lo"):
+        if isinstance(a, ptx.Register) and a.name in (
+            "%clock",
+            "%clock64",
+            "%globaltimer",
+            "%globaltimer_lo",
+        ):
             wide = SIZES[kind] == 8
             self.alu("clock.64" if wide else "clock.32", self.dst(d, kind))
             return
@@ -889,7 +1018,9 @@ class Emitter:
         s = self.src(a, kind)
         name = "extract.64" if size == 8 else "extract.32"
         # The source may be one of the destinations.
-        if isinstance(s, Reg) and any(isinstance(x, ptx.Register) and self.item.prefix + x.name == s.name for x in items):
+        if isinstance(s, Reg) and any(
+            isinstance(x, ptx.Register) and self.item.prefix + x.name == s.name for x in items
+        ):
             t = self.temporary(width_of(kind))
             self.alu(f"mov.{width_of(kind)}", t, s)
             s = t
@@ -899,7 +1030,17 @@ class Emitter:
 
     def do_cvt(self) -> None:
         ops = self.need(2, 3, 4)
-        fmts = ("e4m3x2", "e5m2x2", "e2m1x2", "e2m3x2", "e3m2x2", "ue8m0x2", "bf16x2", "f16x2", "tf32")
+        fmts = (
+            "e4m3x2",
+            "e5m2x2",
+            "e2m1x2",
+            "e2m3x2",
+            "e3m2x2",
+            "ue8m0x2",
+            "bf16x2",
+            "f16x2",
+            "tf32",
+        )
         names = (*SIZES, *fmts)
         types = [m for m in self.mods if m in names]
         if len(types) != 2:
@@ -911,20 +1052,44 @@ class Emitter:
         rnd = self.take("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi")
         if rnd:
             integral = len(rnd) == 3 and rnd[2] == "i"
-            imm |= {"rn": 0, "rz": 1, "rm": 2, "rp": 3, "rna": 4, "rni": 0, "rzi": 1, "rmi": 2, "rpi": 3}[rnd]
+            imm |= {
+                "rn": 0,
+                "rz": 1,
+                "rm": 2,
+                "rp": 3,
+                "rna": 4,
+                "rni": 0,
+                "rzi": 1,
+                "rmi": 2,
+                "rpi": 3,
+            }[rnd]
         floats = ("f16", "bf16", "f32", "f64")
         if to in floats and frm in floats and (integral or (to == frm and rnd is not None)):
             imm |= 128
-        if to not in floats and frm in floats and to in ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64") and rnd is None:
+        if (
+            to not in floats
+            and frm in floats
+            and to in ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64")
+            and rnd is None
+        ):
             raise self.error(f"{self.item.ins.opcode}: a rounding is required")
         imm |= (16 if self.has("ftz") else 0) | (32 if self.has("sat") else 0)
         imm |= (64 if self.has("relu") else 0) | (256 if self.has("satfinite") else 0)
         name = f"cvt.{to}.{frm}"
-        wide = {"e4m3x2": "b16", "e5m2x2": "b16", "e2m1x2": "b8", "e2m3x2": "b16", "e3m2x2": "b16",
-                "ue8m0x2": "b16", "tf32": "b32"}  # fmt: skip
+        wide = {
+            "e4m3x2": "b16",
+            "e5m2x2": "b16",
+            "e2m1x2": "b8",
+            "e2m3x2": "b16",
+            "e3m2x2": "b16",
+            "ue8m0x2": "b16",
+            "tf32": "b32",
+        }
         tk, fk = wide.get(to, to), wide.get(frm, frm)
         if len(ops) == 3:
-            self.alu(name, self.dst(ops[0], tk), self.src(ops[1], fk), self.src(ops[2], fk), imm=imm)
+            self.alu(
+                name, self.dst(ops[0], tk), self.src(ops[1], fk), self.src(ops[2], fk), imm=imm
+            )
             return
         if len(ops) == 4:
             raise self.error(f"{self.item.ins.opcode}: stochastic rounding is not executed")
@@ -967,9 +1132,13 @@ class Emitter:
     def do_cvta(self) -> None:
         kind = self.type()
         to = self.has("to")
-        space = self.take("global", "shared", "shared::cta", "shared::cluster", "local", "const", "param")
+        space = self.take(
+            "global", "shared", "shared::cta", "shared::cluster", "local", "const", "param"
+        )
         d, a = self.need(2)
-        window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW}.get((space or "").split("::")[0], 0)
+        window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW}.get(
+            (space or "").split("::")[0], 0
+        )
         if isinstance(a, ptx.Symbol) and not self.is_reg(a):
             c = self.symbol(a, 64)
             s: Source = c
@@ -987,10 +1156,14 @@ class Emitter:
         self.alu("cvta", self.dst(d, kind), s, imm=imm)
 
     def do_isspacep(self) -> None:
-        space = self.take("global", "shared", "shared::cta", "shared::cluster", "local", "const", "param")
+        space = self.take(
+            "global", "shared", "shared::cta", "shared::cluster", "local", "const", "param"
+        )
         d, a = self.need(2)
         p, s = self.pred(d)[0], self.src(a, "u64")
-        window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW}.get((space or "").split("::")[0], 0)
+        window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW}.get(
+            (space or "").split("::")[0], 0
+        )
         e = self.put("isspacep", [p, s], imm=window)
         e.defs, e.uses = [p.name], [s.name] if isinstance(s, Reg) else []
 
@@ -1029,8 +1202,17 @@ class Emitter:
         return operands
 
     def space(self, default: str = "generic") -> str:
-        s = self.take("global", "shared", "shared::cta", "shared::cluster", "local", "const", "param",
-                      "param::entry", "param::func")  # fmt: skip
+        s = self.take(
+            "global",
+            "shared",
+            "shared::cta",
+            "shared::cluster",
+            "local",
+            "const",
+            "param",
+            "param::entry",
+            "param::func",
+        )
         return (s or default).split("::")[0]
 
     def memory_type(self, kind: str) -> str:
@@ -1085,10 +1267,18 @@ class Emitter:
         width = widths.pop() if widths else width_of(kind)
         if width == 32 and SIZES[kind] == 8:
             raise self.error(f"{self.item.ins.opcode}: a register that is too narrow")
-        if kind[0] != "s" or SIZES[kind] >= 4 and width == 32:
+        if kind[0] != "s" or (SIZES[kind] >= 4 and width == 32):
             element = "u" + element[1:]
-        e = self.put(f"ld.{element}.{width}", [-1, base], items=targets, n=len(regs), imm=offset, imm2=bits,
-                     flags=flags, memory="load")  # fmt: skip
+        e = self.put(
+            f"ld.{element}.{width}",
+            [-1, base],
+            items=targets,
+            n=len(regs),
+            imm=offset,
+            imm2=bits,
+            flags=flags,
+            memory="load",
+        )
         e.defs = [t.name for t in targets if isinstance(t, Reg)]
         e.uses = [base.name] if isinstance(base, Reg) else []
         e.address = base.name if isinstance(base, Reg) else None
@@ -1103,8 +1293,12 @@ class Emitter:
             self.narrow_shared = True
 
     def kernel_param(self, a: Any) -> bool:
-        return (isinstance(a, ptx.Memory) and isinstance(a.base, ptx.Symbol) and not self.item.prefix
-                and a.base.name in self.params)  # fmt: skip
+        return (
+            isinstance(a, ptx.Memory)
+            and isinstance(a.base, ptx.Symbol)
+            and not self.item.prefix
+            and a.base.name in self.params
+        )
 
     def load_param(self, kind: str, element: str, regs: list[Any], a: ptx.Memory) -> None:
         assert isinstance(a.base, ptx.Symbol)
@@ -1112,15 +1306,21 @@ class Emitter:
         size = SIZES[kind]
         at = a.offset + a.base.offset
         if at < 0 or at + size * len(regs) > p.size:
-            raise self.error(f"bytes {at} to {at + size * len(regs)} of parameter {p.name}, which has {p.size}")
+            raise self.error(
+                f"bytes {at} to {at + size * len(regs)} of parameter {p.name}, which has {p.size}"
+            )
         for k, r in enumerate(regs):
             if self.sink(r):
                 continue
             t = self.register(r.name)
             if t is None:
                 raise self.error(f"{r} is not a register")
-            e = self.put(f"ldparam.{element if kind[0] == 's' and size < 4 else 'u' + element[1:]}.{self.types[t.name]}",
-                         [t], imm=p.offset + at + k * size)  # fmt: skip
+            signed = kind[0] == "s" and size < 4
+            e = self.put(
+                f"ldparam.{element if signed else 'u' + element[1:]}.{self.types[t.name]}",
+                [t],
+                imm=p.offset + at + k * size,
+            )
             e.defs = [t.name]
 
     def do_ldu(self) -> None:
@@ -1155,8 +1355,16 @@ class Emitter:
             else:
                 sources.append(r)
         element = "u" + self.memory_type(kind)[1:]
-        e = self.put(f"st.{element}.{width_of(kind)}", [-1, base], items=sources, n=len(sources), imm=offset,
-                     imm2=bits, flags=flags, memory="store")  # fmt: skip
+        e = self.put(
+            f"st.{element}.{width_of(kind)}",
+            [-1, base],
+            items=sources,
+            n=len(sources),
+            imm=offset,
+            imm2=bits,
+            flags=flags,
+            memory="store",
+        )
         e.uses = [x.name for x in [base, *sources] if isinstance(x, Reg)]
         e.address = base.name if isinstance(base, Reg) else None
         e.values = [x.name for x in sources if isinstance(x, Reg)]
@@ -1185,8 +1393,16 @@ class Emitter:
                 raise self.error(f"{self.item.ins.opcode}: vector atom is not executed")
             base, offset, bits = self.address(ops[0], space)
             sources = [self.src(x, kind) for x in ops[1].items]
-            e = self.put(f"redv.{op}.{kind}", [-1, base], items=sources, n=len(sources), imm=offset, imm2=bits,
-                         flags=flags, memory="atomic")  # fmt: skip
+            e = self.put(
+                f"redv.{op}.{kind}",
+                [-1, base],
+                items=sources,
+                n=len(sources),
+                imm=offset,
+                imm2=bits,
+                flags=flags,
+                memory="atomic",
+            )
             e.uses = [x.name for x in [base, *sources] if isinstance(x, Reg)]
             e.address = base.name if isinstance(base, Reg) else None
             e.values = [x.name for x in sources if isinstance(x, Reg)]
@@ -1270,7 +1486,14 @@ class Emitter:
             self.take("b64")
             (a,) = self.need(1)
             base, offset, bits = self.address(a, "shared")
-            e = self.put("mbarrier", [-1, base, -1, -1, int(noinc)], n=12, imm=offset, imm2=bits, memory="atomic")
+            e = self.put(
+                "mbarrier",
+                [-1, base, -1, -1, int(noinc)],
+                n=12,
+                imm=offset,
+                imm2=bits,
+                memory="atomic",
+            )
             e.uses = [base.name] if isinstance(base, Reg) else []
             e.address = base.name if isinstance(base, Reg) else None
             return
@@ -1289,7 +1512,11 @@ class Emitter:
         ignore: Any = -1
         if len(ops) > 3:
             x = ops[3]
-            if isinstance(x, ptx.Register | ptx.Symbol) and self.is_reg(x) and self.types[self.register(x.name).name] == 1:  # type: ignore[union-attr]
+            if (
+                isinstance(x, ptx.Register | ptx.Symbol)
+                and self.is_reg(x)
+                and self.types[self.register(x.name).name] == 1
+            ):  # type: ignore[union-attr]
                 ignore, negated = self.pred(x)
                 if negated:
                     raise self.error("a negated ignore-src")
@@ -1299,8 +1526,15 @@ class Emitter:
         gbase, goffset, gbits = self.address(src, "global")
         if not gbits & 1:
             raise self.error("a global address of 32 bits")
-        e = self.put("cp.async", [-1, base, gbase, take, -1, ignore], list_values=[goffset], n=size.value, imm=offset,
-                     imm2=bits, memory="copy")  # fmt: skip
+        e = self.put(
+            "cp.async",
+            [-1, base, gbase, take, -1, ignore],
+            list_values=[goffset],
+            n=size.value,
+            imm=offset,
+            imm2=bits,
+            memory="copy",
+        )
         e.uses = [x.name for x in (base, gbase, take, ignore) if isinstance(x, Reg)]
         e.address = gbase.name if isinstance(gbase, Reg) else None
         e.values = [base.name] if isinstance(base, Reg) else []
@@ -1328,8 +1562,15 @@ class Emitter:
             raise self.error(f"{self.item.ins.opcode}: {len(regs)} registers")
         base, offset, bits = self.address(a, "shared")
         items = [self.src(r, "b32") if store else self.dst(r, "b32") for r in regs]
-        e = self.put(op, [-1, base, -1, -1, -1, int(trans)], items=items, n=len(items), imm=offset, imm2=bits,
-                     memory="store" if store else "load")  # fmt: skip
+        e = self.put(
+            op,
+            [-1, base, -1, -1, -1, int(trans)],
+            items=items,
+            n=len(items),
+            imm=offset,
+            imm2=bits,
+            memory="store" if store else "load",
+        )
         e.uses = [base.name] if isinstance(base, Reg) else []
         e.address = base.name if isinstance(base, Reg) else None
         if store:
@@ -1340,8 +1581,6 @@ class Emitter:
 
     def do_movmatrix(self) -> None:
         raise self.error("movmatrix is not executed")
-
-    ELEMENTS = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 3, "e5m2": 4, "s8": 5, "u8": 6}  # noqa: RUF012
 
     def do_mma(self) -> None:
         self.take("sync")
@@ -1361,14 +1600,23 @@ class Emitter:
             if types != ["f64"] * 4:
                 raise self.error(f"{self.item.ins.opcode}: not executed")
             ds = [self.dst(x, "f64") for x in d.items]
-            srcs = [self.src(x, "f64") for v in (a, b, c) for x in (v.items if isinstance(v, ptx.Vector) else (v,))]
+            srcs = [
+                self.src(x, "f64")
+                for v in (a, b, c)
+                for x in (v.items if isinstance(v, ptx.Vector) else (v,))
+            ]
             e = self.put("mma.f64", [], items=[*ds, *srcs], n=4)
             e.defs, e.uses = [x.name for x in ds], [x.name for x in srcs if isinstance(x, Reg)]
             return
-        if len(types) != 4 or types[1] not in self.ELEMENTS or types[2] not in self.ELEMENTS or types[0] != types[3]:
+        if (
+            len(types) != 4
+            or types[1] not in ELEMENTS
+            or types[2] not in ELEMENTS
+            or types[0] != types[3]
+        ):
             raise self.error(f"{self.item.ins.opcode}: types that are not executed")
         depth = int(shape.split("k")[1])
-        ea, eb = self.ELEMENTS[types[1]], self.ELEMENTS[types[2]]
+        ea, eb = ELEMENTS[types[1]], ELEMENTS[types[2]]
         per = 1 if ea == 2 else 2 if ea <= 1 else 4
         acc = {"f32": 0, "f16": 1, "s32": 2}.get(types[0])
         fits = {1: (4, 8), 2: (8, 16), 4: (16, 32)}[per]
@@ -1379,10 +1627,23 @@ class Emitter:
         kind = "b32"
         lists = [list(v.items) if isinstance(v, ptx.Vector) else [v] for v in (d, a, b, c)]
         if [len(v) for v in lists] != [nd, na, nb, nd]:
-            raise self.error(f"{self.item.ins.opcode}: {[len(v) for v in lists]} registers, expected {[nd, na, nb, nd]}")
+            raise self.error(
+                f"{self.item.ins.opcode}: {[len(v) for v in lists]} registers, expected "
+                f"{[nd, na, nb, nd]}"
+            )
         ds = [self.dst(x, kind) for x in lists[0]]
-        srcs = [self.src(x, "f32" if isinstance(x, ptx.Immediate) and x.kind != "int" else kind) for v in lists[1:] for x in v]
-        e = self.put("mma", [], items=[*ds, *srcs], n=depth, imm=ea | eb << 4 | acc << 8 | (0x1000 if sat else 0))
+        srcs = [
+            self.src(x, "f32" if isinstance(x, ptx.Immediate) and x.kind != "int" else kind)
+            for v in lists[1:]
+            for x in v
+        ]
+        e = self.put(
+            "mma",
+            [],
+            items=[*ds, *srcs],
+            n=depth,
+            imm=ea | eb << 4 | acc << 8 | (0x1000 if sat else 0),
+        )
         e.defs, e.uses = [x.name for x in ds], [x.name for x in srcs if isinstance(x, Reg)]
         e.parts = (nd, na, nb)
 
@@ -1404,9 +1665,9 @@ class Emitter:
         n = int(shape[4:].split("k")[0])
         types, self.mods = self.mods, []
         acc = {"f32": 0, "f16": 1, "s32": 2}.get(types[0])
-        if acc is None or len(types) != 3 or types[1] not in self.ELEMENTS or types[2] not in self.ELEMENTS:
+        if acc is None or len(types) != 3 or types[1] not in ELEMENTS or types[2] not in ELEMENTS:
             raise self.error(f"{self.item.ins.opcode}: types that are not executed")
-        ea, eb = self.ELEMENTS[types[1]], self.ELEMENTS[types[2]]
+        ea, eb = ELEMENTS[types[1]], ELEMENTS[types[2]]
         ops = self.ops
         ds = [self.dst(x, "b32") for x in ops[0].items]
         in_registers = isinstance(ops[1], ptx.Vector)
@@ -1479,7 +1740,12 @@ class Emitter:
         op = self.take("add", "min", "max", "and", "or", "xor")
         nan = ".nan" if self.has("NaN") else ""
         d, a, members = self.need(3)
-        e = self.alu(f"redux.{op}{nan}.{kind}", self.dst(d, kind), self.src(a, kind), self.src(members, "b32"))
+        e = self.alu(
+            f"redux.{op}{nan}.{kind}",
+            self.dst(d, kind),
+            self.src(a, kind),
+            self.src(members, "b32"),
+        )
         e.sync = True
 
     def do_elect(self) -> None:
@@ -1597,8 +1863,15 @@ class Emitter:
         else:
             raise self.error(f"{self.item.ins.opcode}: not executed")
         base, offset, bits = self.address(address, "shared")
-        e = self.put("mbarrier", [d, base, value], n=code, imm=offset, imm2=bits, memory="atomic",
-                     stops=code in (4, 5, 6, 7))  # fmt: skip
+        e = self.put(
+            "mbarrier",
+            [d, base, value],
+            n=code,
+            imm=offset,
+            imm2=bits,
+            memory="atomic",
+            stops=code in (4, 5, 6, 7),
+        )
         e.defs = [d.name] if isinstance(d, Reg) else []
         e.uses = [x.name for x in (base, value) if isinstance(x, Reg)]
         e.address = base.name if isinstance(base, Reg) else None
@@ -1650,21 +1923,28 @@ class Emitter:
         values = []
         for x in (f, a):
             t = self.temporary(64)
-            at = self.flat.local[self.flat.alias.get(self.item.prefix + x.name, self.item.prefix + x.name)]
-            e = self.put("ld.u64.64", [-1, Const(at, 32)], items=[t], n=1, imm2=2 << 1, memory="load")
+            at = self.flat.local[
+                self.flat.alias.get(self.item.prefix + x.name, self.item.prefix + x.name)
+            ]
+            e = self.put(
+                "ld.u64.64", [-1, Const(at, 32)], items=[t], n=1, imm2=2 << 1, memory="load"
+            )
             e.defs = [t.name]
             values.append(t)
         r = self.temporary(32)
         e = self.put("printf", [r, *values])
         e.defs, e.uses = [r.name], [v.name for v in values]
-        at = self.flat.local[self.flat.alias.get(self.item.prefix + d.name, self.item.prefix + d.name)]
+        at = self.flat.local[
+            self.flat.alias.get(self.item.prefix + d.name, self.item.prefix + d.name)
+        ]
         e = self.put("st.u32.32", [-1, Const(at, 32)], items=[r], n=1, imm2=2 << 1, memory="store")
         e.uses = e.values = [r.name]
 
     def do___assertfail(self) -> None:
         self.put("assertfail")
 
-    # -- which parameters are written ----------------------------------------------------------------
+    # -- which parameters are written
+    # ----------------------------------------------------------------
 
     def written(self, code: list[Emitted], kernel: Kernel) -> set[str] | None:
         """Names of pointer parameters that stores may go through, or None if that cannot be told.
@@ -1691,7 +1971,11 @@ class Emitter:
                         changed = True
         out: set[str] = set()
         for e in code:
-            if e.memory in ("store", "atomic") and (e.imm2 >> 1) & 3 in (0, 3) and e.op != "mbarrier":
+            if (
+                e.memory in ("store", "atomic")
+                and (e.imm2 >> 1) & 3 in (0, 3)
+                and e.op != "mbarrier"
+            ):
                 if e.address is None:
                     return None
                 out |= origin.get(e.address, set())

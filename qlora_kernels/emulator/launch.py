@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,22 +18,81 @@ from .decode import PARAM_BASE, Kernel, Row, make_kernel
 from .devices import Device, get_device, occupancy
 from .errors import EmulatorError, KernelError, LaunchError, PtxError
 
-__all__ = ["CHECKS", "Counts", "Module", "Region", "Report", "Result", "emulate", "emulate_orders",
-           "launch", "uninitialized"]  # fmt: skip
+__all__ = [
+    "CHECKS",
+    "Counts",
+    "Module",
+    "Region",
+    "Report",
+    "Result",
+    "emulate",
+    "emulate_orders",
+    "launch",
+    "uninitialized",
+]
 
 CHECKS = {"uninit": 1, "races": 2, "sync": 4, "counts": 8}
 ALWAYS = ("bounds", "align")
-COUNT = np.dtype([(n, "<u8") for n in ("warps", "threads", "bytes", "requests", "sectors", "sectors_ideal",
-                                       "wavefronts", "wavefronts_ideal", "flops", "taken")])  # fmt: skip
-REPORT = np.dtype([("kind", "<u4"), ("inst", "<u4"), ("block", "<u4"), ("thread", "<u4"), ("address", "<u8"),
-                   ("space", "<u4"), ("size", "<u4"), ("write", "<u4"), ("other_inst", "<u4"),
-                   ("other_block", "<u4"), ("other_thread", "<u4"), ("count", "<u8"), ("extra", "<u8")])  # fmt: skip
-KINDS = ["", "out of bounds", "misaligned", "read-only memory written", "uninitialised global memory read",
-         "uninitialised shared memory read", "uninitialised local memory read", "uninitialised register",
-         "race on shared memory", "race on global memory", "race within a warp", "cp.async data read before its wait",
-         "barrier in divergent code", "barrier not reached by all threads", "deadlock", "shuffle from an inactive lane",
-         "lanes missing at a warp-wide instruction", "budget exceeded", "trap", "ldmatrix row misaligned",
-         "invalid barrier", "assertion failed", "invalid operand", "cp.async data overwritten before its wait"]  # fmt: skip
+COUNT = np.dtype(
+    [
+        (n, "<u8")
+        for n in (
+            "warps",
+            "threads",
+            "bytes",
+            "requests",
+            "sectors",
+            "sectors_ideal",
+            "wavefronts",
+            "wavefronts_ideal",
+            "flops",
+            "taken",
+        )
+    ]
+)
+REPORT = np.dtype(
+    [
+        ("kind", "<u4"),
+        ("inst", "<u4"),
+        ("block", "<u4"),
+        ("thread", "<u4"),
+        ("address", "<u8"),
+        ("space", "<u4"),
+        ("size", "<u4"),
+        ("write", "<u4"),
+        ("other_inst", "<u4"),
+        ("other_block", "<u4"),
+        ("other_thread", "<u4"),
+        ("count", "<u8"),
+        ("extra", "<u8"),
+    ]
+)
+KINDS = [
+    "",
+    "out of bounds",
+    "misaligned",
+    "read-only memory written",
+    "uninitialised global memory read",
+    "uninitialised shared memory read",
+    "uninitialised local memory read",
+    "uninitialised register",
+    "race on shared memory",
+    "race on global memory",
+    "race within a warp",
+    "cp.async data read before its wait",
+    "barrier in divergent code",
+    "barrier not reached by all threads",
+    "deadlock",
+    "shuffle from an inactive lane",
+    "lanes missing at a warp-wide instruction",
+    "budget exceeded",
+    "trap",
+    "ldmatrix row misaligned",
+    "invalid barrier",
+    "assertion failed",
+    "invalid operand",
+    "cp.async data overwritten before its wait",
+]
 FATAL = {14, 17, 18, 20, 21}
 SPACES = ["global", "shared", "local", "parameter"]
 
@@ -85,18 +145,27 @@ class Module:
             if match is None:
                 continue
             version = int(match.group(1))
-            fits = version == 10 * major + minor if match.group(2) else version <= 10 * major + minor
+            fits = (
+                version == 10 * major + minor if match.group(2) else version <= 10 * major + minor
+            )
             if fits and (best is None or version > best[0]):
                 best = (version, code)
         if best is None:
-            raise EmulatorError(f"{path} has no PTX that {device} can run: it has {', '.join(seen) or 'none'}")
+            raise EmulatorError(
+                f"{path} has no PTX that {device} can run: it has {', '.join(seen) or 'none'}"
+            )
         return cls(best[1].text, str(path))
 
     @classmethod
     def from_triton(
-        cls, function: Any, signature: Mapping[str, str], constants: Mapping[str, Any] | None = None,
-        target: str | int = "sm_80", aligned: Iterable[str] | None = None, **options: Any,
-    ) -> Module:  # fmt: skip
+        cls,
+        function: Any,
+        signature: Mapping[str, str],
+        constants: Mapping[str, Any] | None = None,
+        target: str | int = "sm_80",
+        aligned: Iterable[str] | None = None,
+        **options: Any,
+    ) -> Module:
         """A ``@triton.jit`` function compiled for a target, without a GPU.
 
         Args:
@@ -138,20 +207,29 @@ class Module:
         if name is None:
             if len(self.kernels) == 1:
                 return next(iter(self.kernels.values()))
-            raise KeyError(f"{self.origin} has {len(self.kernels)} kernels: name one of {sorted(self.kernels)}")
+            raise KeyError(
+                f"{self.origin} has {len(self.kernels)} kernels: name one of {sorted(self.kernels)}"
+            )
         if name in self.kernels:
             return self.kernels[name]
         plain = {n: demangle(n) for n in self.kernels}
-        for test in (lambda n: re.split(r"[<(]", plain[n])[0].split(" ")[-1] == name, lambda n: name in plain[n],
-                     lambda n: name in n):  # fmt: skip
+        for test in (
+            lambda n: re.split(r"[<(]", plain[n])[0].split(" ")[-1] == name,
+            lambda n: name in plain[n],
+            lambda n: name in n,
+        ):
             found = [n for n in self.kernels if test(n)]
             if len(found) == 1:
                 return self.kernels[found[0]]
             if len(found) > 1:
                 raise KeyError(f"{name} could be any of {sorted(plain[n] for n in found)}")
-        raise KeyError(f"{self.origin} has no kernel {name}: it has {sorted(plain.values()) or 'none'}")
+        raise KeyError(
+            f"{self.origin} has no kernel {name}: it has {sorted(plain.values()) or 'none'}"
+        )
 
-    def variables(self, symbols: Mapping[str, int] | None = None) -> tuple[dict[str, int], list[Region]]:
+    def variables(
+        self, symbols: Mapping[str, int] | None = None
+    ) -> tuple[dict[str, int], list[Region]]:
         """Addresses and regions of the module's variables; ``symbols`` gives some addresses."""
         symbols = symbols or {}
         given = [v for v in self.parsed.variables.values() if v.space in ("global", "const")]
@@ -168,19 +246,41 @@ class Module:
                 if v.name in self._memory:
                     size = 8
                     value = self._addresses.get(name, 0) + addend
-                    self._memory[v.name][at : at + size] = np.frombuffer(struct.pack("<Q", value), np.uint8)
+                    self._memory[v.name][at : at + size] = np.frombuffer(
+                        struct.pack("<Q", value), np.uint8
+                    )
         regions = []
         for v in given:
             if v.name in self._memory and v.name not in symbols:
                 m = self._memory[v.name]
-                regions.append(Region(self._addresses[v.name], max(1, m.nbytes), m.ctypes.data, f"variable {v.name}",
-                                      writable=v.space == "global", dtype=_DTYPES.get(v.type, "u1"), shape=(v.count,),
-                                      owner=m))  # fmt: skip
+                regions.append(
+                    Region(
+                        self._addresses[v.name],
+                        max(1, m.nbytes),
+                        m.ctypes.data,
+                        f"variable {v.name}",
+                        writable=v.space == "global",
+                        dtype=_DTYPES.get(v.type, "u1"),
+                        shape=(v.count,),
+                        owner=m,
+                    )
+                )
         return dict(self._addresses), regions
 
 
-_DTYPES = {"f32": "f4", "f64": "f8", "s32": "i4", "u32": "u4", "b32": "u4", "u64": "u8", "s64": "i8",
-           "b64": "u8", "u16": "u2", "s16": "i2", "b16": "u2"}  # fmt: skip
+_DTYPES = {
+    "f32": "f4",
+    "f64": "f8",
+    "s32": "i4",
+    "u32": "u4",
+    "b32": "u4",
+    "u64": "u8",
+    "s64": "i8",
+    "b64": "u8",
+    "u16": "u2",
+    "s16": "i2",
+    "b16": "u2",
+}
 
 
 def demangle(name: str) -> str:
@@ -198,7 +298,8 @@ def demangle(name: str) -> str:
 
 @dataclass
 class Region:
-    """Memory that a kernel may touch. ``base`` is where the kernel sees it, ``host`` where it is."""
+    """Memory that a kernel may touch. ``base`` is where the kernel sees it, ``host`` where it
+    is."""
 
     base: int
     size: int
@@ -224,8 +325,9 @@ class Region:
         return f"{self.name}[{text}]" + (f" + {rest} bytes" if rest else "")
 
 
-class uninitialized:  # noqa: N801
-    """Marks an argument whose contents count as never written: ``emulate(k, ..., [uninitialized(y)])``."""
+class uninitialized:
+    """Marks an argument whose contents count as never written: ``emulate(k, ...,
+    [uninitialized(y)])``."""
 
     def __init__(self, array: Any) -> None:
         self.array = array
@@ -235,20 +337,35 @@ def _array(x: Any) -> tuple[int, int, Any, tuple[int, ...], bool, int] | None:
     """(address, bytes, dtype, shape, writable, element size) of an array or tensor, or None."""
     if isinstance(x, np.ndarray):
         if not x.flags.c_contiguous:
-            raise LaunchError(f"an array of shape {x.shape} that is not contiguous: pass np.ascontiguousarray of it")
+            raise LaunchError(
+                f"an array of shape {x.shape} that is not contiguous: pass np.ascontiguousarray "
+                f"of it"
+            )
         return x.ctypes.data, x.nbytes, x.dtype, x.shape, bool(x.flags.writeable), x.dtype.itemsize
     if hasattr(x, "data_ptr") and hasattr(x, "is_contiguous"):
         if x.device.type != "cpu":
             raise LaunchError(f"a tensor on {x.device}: the emulator takes tensors in host memory")
         if not x.is_contiguous():
-            raise LaunchError(f"a tensor of shape {tuple(x.shape)} that is not contiguous: pass .contiguous()")
+            raise LaunchError(
+                f"a tensor of shape {tuple(x.shape)} that is not contiguous: pass .contiguous()"
+            )
         size = x.element_size()
         return x.data_ptr(), x.numel() * size, f"V{size}", tuple(x.shape), True, size
     return None
 
 
-_PACK = {"f32": "<f", "f64": "<d", "s8": "<b", "s16": "<h", "s32": "<i", "s64": "<q", "u8": "<B", "u16": "<H",
-         "u32": "<I", "u64": "<Q"}  # fmt: skip
+_PACK = {
+    "f32": "<f",
+    "f64": "<d",
+    "s8": "<b",
+    "s16": "<h",
+    "s32": "<i",
+    "s64": "<q",
+    "u8": "<B",
+    "u16": "<H",
+    "u32": "<I",
+    "u64": "<Q",
+}
 
 
 def marshal(kernel: Kernel, args: Sequence[Any]) -> tuple[bytes, list[Region]]:
@@ -258,7 +375,9 @@ def marshal(kernel: Kernel, args: Sequence[Any]) -> tuple[bytes, list[Region]]:
     if hasattr(kernel, "triton") and len(args) == len(params) - 2:
         args += [None, None]  # Triton's scratch pointers
     if len(args) != len(params):
-        raise LaunchError(f"{demangle(kernel.name)} takes {len(params)} arguments, {len(args)} were given")
+        raise LaunchError(
+            f"{demangle(kernel.name)} takes {len(params)} arguments, {len(args)} were given"
+        )
     data = bytearray(kernel.param_bytes)
     regions: list[Region] = []
     seen: dict[tuple[int, int], int] = {}
@@ -270,13 +389,18 @@ def marshal(kernel: Kernel, args: Sequence[Any]) -> tuple[bytes, list[Region]]:
         if found is not None and not (isinstance(x, np.ndarray) and x.ndim == 0):
             host, nbytes, dtype, shape, writable, _ = found
             if p.size != 8:
-                raise LaunchError(f"argument {k} of {demangle(kernel.name)} has {p.size} bytes (.{p.type}): an array was given")
+                raise LaunchError(
+                    f"argument {k} of {demangle(kernel.name)} has {p.size} bytes (.{p.type}): an "
+                    f"array was given"
+                )
             key = (host, nbytes)
             if key in seen and nbytes:
                 base = seen[key]
             else:
                 # Views keep how they are aligned within their storage.
-                origin = x.base if isinstance(x, np.ndarray) and isinstance(x.base, np.ndarray) else None
+                origin = (
+                    x.base if isinstance(x, np.ndarray) and isinstance(x.base, np.ndarray) else None
+                )
                 start = host - origin.ctypes.data if origin is not None else 0
                 if origin is None and hasattr(x, "storage_offset"):
                     start = x.storage_offset() * x.element_size()
@@ -284,8 +408,22 @@ def marshal(kernel: Kernel, args: Sequence[Any]) -> tuple[bytes, list[Region]]:
                 seen[key] = base
                 state = np.zeros(max(1, nbytes), np.uint8) if fresh else None
                 if nbytes:
-                    regions.append(Region(base, nbytes, host, p.name if p.name.isidentifier() and "_param_" not in p.name
-                                          else f"argument {k}", writable, dtype, shape, state, k, x))  # fmt: skip
+                    regions.append(
+                        Region(
+                            base,
+                            nbytes,
+                            host,
+                            p.name
+                            if p.name.isidentifier() and "_param_" not in p.name
+                            else f"argument {k}",
+                            writable,
+                            dtype,
+                            shape,
+                            state,
+                            k,
+                            x,
+                        )
+                    )
             data[p.offset : p.offset + 8] = struct.pack("<Q", base)
             continue
         if fresh:
@@ -305,7 +443,11 @@ def _scalar(kernel: Kernel, k: int, x: Any) -> bytes:
             raise LaunchError(f"{what}: {len(raw)} bytes were given")
         return raw
     if hasattr(x, "item") and getattr(x, "ndim", 0) == 0:
-        if isinstance(x, np.generic | np.ndarray) and x.dtype.itemsize == p.size and p.type[0] == "b":
+        if (
+            isinstance(x, np.generic | np.ndarray)
+            and x.dtype.itemsize == p.size
+            and p.type[0] == "b"
+        ):
             return x.tobytes()
         x = x.item()
     if isinstance(x, bool):
@@ -362,15 +504,25 @@ class Report:
         where = f"{self.loc}" if self.loc else f"PTX line {self.ptx_line}"
         if self.loc and self.loc.inlined_at:
             where += f" (inlined at {self.loc.outermost})"
-        text = (f"{self.kind}: {self.message}\n    in {self.kernel} at {where}, block {self.block}, thread {self.thread}"
-                f"\n    PTX line {self.ptx_line}: {self.ptx_text}")  # fmt: skip
+        text = (
+            f"{self.kind}: {self.message}\n    in {self.kernel} at {where}, block {self.block}, "
+            f"thread {self.thread}"
+            f"\n    PTX line {self.ptx_line}: {self.ptx_text}"
+        )
         return text + (f"\n    ({self.count} times in all)" if self.count > 1 else "")
 
 
 class Counts:
-    """What a launch did; see the package's docstring. ``scale`` is how many blocks one stands for."""
+    """What a launch did; see the package's docstring. ``scale`` is how many blocks one stands
+    for."""
 
-    def __init__(self, kernel: Kernel, table: np.ndarray, regions: list[dict[str, Any]], total: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        table: np.ndarray,
+        regions: list[dict[str, Any]],
+        total: dict[str, Any],
+    ) -> None:
         self.kernel, self.instructions, self.regions, self.total = kernel, table, regions, total
 
     def by_line(self) -> dict[tuple[str, int], dict[str, int]]:
@@ -400,8 +552,13 @@ class Counts:
 
     def sum(self, field_: str, opcode: str = "") -> int:
         """The sum of a field over instructions whose opcode begins with ``opcode``."""
-        return int(sum(int(c[field_]) for r, c in zip(self.kernel.instructions, self.instructions, strict=True)
-                       if r.opcode.startswith(opcode)))  # fmt: skip
+        return int(
+            sum(
+                int(c[field_])
+                for r, c in zip(self.kernel.instructions, self.instructions, strict=True)
+                if r.opcode.startswith(opcode)
+            )
+        )
 
 
 @dataclass
@@ -444,50 +601,95 @@ def check_mask(checks: Any) -> int:
         if name in ALWAYS:
             continue
         if name not in CHECKS:
-            raise LaunchError(f"checks={name!r}: expected some of {[*ALWAYS, *CHECKS]}, True or False")
+            raise LaunchError(
+                f"checks={name!r}: expected some of {[*ALWAYS, *CHECKS]}, True or False"
+            )
         mask |= CHECKS[name]
     return mask
 
 
-def _refuse(kernel: Kernel, device: Device, grid: Sequence[int], block: Sequence[int], dynamic: int, registers: int | None) -> None:
+def _refuse(
+    kernel: Kernel,
+    device: Device,
+    grid: Sequence[int],
+    block: Sequence[int],
+    dynamic: int,
+    registers: int | None,
+) -> None:
     """What the target would refuse to launch."""
     name = demangle(kernel.name)
     threads = block[0] * block[1] * block[2]
-    for value, limit, what in [(block[0], 1024, "block.x"), (block[1], 1024, "block.y"), (block[2], 64, "block.z"),
-                               (grid[0], 2**31 - 1, "grid.x"), (grid[1], 65535, "grid.y"), (grid[2], 65535, "grid.z"),
-                               (threads, 1024, "threads a block")]:  # fmt: skip
+    for value, limit, what in [
+        (block[0], 1024, "block.x"),
+        (block[1], 1024, "block.y"),
+        (block[2], 64, "block.z"),
+        (grid[0], 2**31 - 1, "grid.x"),
+        (grid[1], 65535, "grid.y"),
+        (grid[2], 65535, "grid.z"),
+        (threads, 1024, "threads a block"),
+    ]:
         if value > limit:
             raise LaunchError(f"{name}: {what} is {value}, at most {limit} are allowed")
     if kernel.max_threads is not None and threads > kernel.max_threads:
-        raise LaunchError(f"{name}: {threads} threads a block, it was compiled for at most {kernel.max_threads} (__launch_bounds__)")
+        raise LaunchError(
+            f"{name}: {threads} threads a block, it was compiled for at most "
+            f"{kernel.max_threads} (__launch_bounds__)"
+        )
     if kernel.required_threads is not None and tuple(block) != kernel.required_threads:
-        raise LaunchError(f"{name}: block is {tuple(block)}, it was compiled for exactly {kernel.required_threads}")
+        raise LaunchError(
+            f"{name}: block is {tuple(block)}, it was compiled for exactly "
+            f"{kernel.required_threads}"
+        )
     static = kernel.static_shared
     if static > 49152:
-        raise LaunchError(f"{name}: {static} bytes of static shared memory, at most 49152 are allowed")
+        raise LaunchError(
+            f"{name}: {static} bytes of static shared memory, at most 49152 are allowed"
+        )
     if static + dynamic > device.sm.shared_optin:
-        raise LaunchError(f"{name}: {static + dynamic} bytes of shared memory ({static} static, {dynamic} dynamic), "
-                          f"{device} allows a block {device.sm.shared_optin}")  # fmt: skip
+        raise LaunchError(
+            f"{name}: {static + dynamic} bytes of shared memory ({static} static, {dynamic} "
+            f"dynamic), "
+            f"{device} allows a block {device.sm.shared_optin}"
+        )
     if registers is not None:
         need = -(-threads // 32) * -(-registers * 32 // 256) * 256
         if registers > 255 or need > device.sm.registers:
-            raise LaunchError(f"{name}: {registers} registers a thread, {threads} threads need {need}, "
-                              f"{device} has {device.sm.registers}")  # fmt: skip
+            raise LaunchError(
+                f"{name}: {registers} registers a thread, {threads} threads need {need}, "
+                f"{device} has {device.sm.registers}"
+            )
     match = re.fullmatch(r"sm_(\d+)([af]?)", kernel.target)
     if match:
         version, own = int(match.group(1)), 10 * device.capability[0] + device.capability[1]
         if version > own or (match.group(2) and version != own):
-            raise LaunchError(f"{name}: compiled for {kernel.target}, which {device} (sm_{own}) cannot run")
+            raise LaunchError(
+                f"{name}: compiled for {kernel.target}, which {device} (sm_{own}) cannot run"
+            )
 
 
 def launch(
-    kernel: Kernel, grid: int | Sequence[int], block: int | Sequence[int], arguments: bytes, regions: Sequence[Region],
-    *, shared_bytes: int = 0, device: str | Device = "h100", checks: Any = True, seed: int = 0,
-    budget: int | None = 2_000_000_000, cooperative: bool = False, symbols: Mapping[str, int] | None = None,
-    registers: int | None = None, quantum: int = 64, window: int = 0, blocks: Sequence[int] | None = None,
-    max_reports: int = 100, trust_regions: bool = False,
-) -> Result:  # fmt: skip
-    """Runs a kernel on raw argument bytes and regions; see `emulate`. Raises nothing for findings."""
+    kernel: Kernel,
+    grid: int | Sequence[int],
+    block: int | Sequence[int],
+    arguments: bytes,
+    regions: Sequence[Region],
+    *,
+    shared_bytes: int = 0,
+    device: str | Device = "h100",
+    checks: Any = True,
+    seed: int = 0,
+    budget: int | None = 2_000_000_000,
+    cooperative: bool = False,
+    symbols: Mapping[str, int] | None = None,
+    registers: int | None = None,
+    quantum: int = 64,
+    window: int = 0,
+    blocks: Sequence[int] | None = None,
+    max_reports: int = 100,
+    trust_regions: bool = False,
+) -> Result:
+    """Runs a kernel on raw argument bytes and regions; see `emulate`. Raises nothing for
+    findings."""
     import time
 
     device = get_device(device)
@@ -497,13 +699,19 @@ def launch(
         raise LaunchError(f"shared_bytes={shared_bytes}")
     _refuse(kernel, device, grid3, block3, shared_bytes, registers)
     if len(arguments) < kernel.param_bytes:
-        raise LaunchError(f"{len(arguments)} bytes of arguments, {demangle(kernel.name)} has {kernel.param_bytes}")
+        raise LaunchError(
+            f"{len(arguments)} bytes of arguments, {demangle(kernel.name)} has {kernel.param_bytes}"
+        )
     n_blocks = grid3[0] * grid3[1] * grid3[2]
     threads = block3[0] * block3[1] * block3[2]
-    per_sm = occupancy(device, threads, registers or 32, program.static_shared + shared_bytes).blocks
+    per_sm = occupancy(
+        device, threads, registers or 32, program.static_shared + shared_bytes
+    ).blocks
     most = max(1, per_sm * device.sms)
     if cooperative and n_blocks > most:
-        raise LaunchError(f"{demangle(kernel.name)}: {n_blocks} blocks launched together, {device} holds {most}")
+        raise LaunchError(
+            f"{demangle(kernel.name)}: {n_blocks} blocks launched together, {device} holds {most}"
+        )
     mask = check_mask(checks)
     keep: list[Any] = []
 
@@ -514,13 +722,24 @@ def launch(
         for at, name, addend in program.relocations:
             if name not in addresses:
                 raise LaunchError(f"variable {name} has no address")
-            constants[at : at + 256] = np.frombuffer(struct.pack("<Q", (addresses[name] + addend) & (2**64 - 1)) * 32, np.uint8)
+            constants[at : at + 256] = np.frombuffer(
+                struct.pack("<Q", (addresses[name] + addend) & (2**64 - 1)) * 32, np.uint8
+            )
     params = np.frombuffer(bytes(arguments) + bytes(16), np.uint8).copy()
     everything = [*regions, *own]
     if kernel.param_bytes:
-        everything.append(Region(PARAM_BASE, kernel.param_bytes, params.ctypes.data, "kernel parameters", False, tracked=False))
+        everything.append(
+            Region(
+                PARAM_BASE,
+                kernel.param_bytes,
+                params.ctypes.data,
+                "kernel parameters",
+                False,
+                tracked=False,
+            )
+        )
     everything.sort(key=lambda r: r.base)
-    for a, b in zip(everything, everything[1:], strict=False):
+    for a, b in itertools.pairwise(everything):
         if a.base + a.size > b.base:
             raise LaunchError(f"{a.name} and {b.name} overlap in memory")
     table = (engine.Region * max(1, len(everything)))()
@@ -535,7 +754,9 @@ def launch(
         t.tracked = int(tracked)
         if r.initialized is not None:
             if r.initialized.nbytes < r.size:
-                raise LaunchError(f"{r.name}: initialized has {r.initialized.nbytes} bytes for {r.size}")
+                raise LaunchError(
+                    f"{r.name}: initialized has {r.initialized.nbytes} bytes for {r.size}"
+                )
             t.initialized = r.initialized.ctypes.data
         pair = None
         if mask & CHECKS["counts"]:
@@ -560,9 +781,18 @@ def launch(
     for name in ("inst", "block", "lists", "special"):
         setattr(p, name, getattr(program, name).ctypes.data)
     p.constants = constants.ctypes.data
-    p.n_inst, p.n_block, p.n_special, p.n_lists = (len(program.inst), len(program.block), len(program.special), len(program.lists))
+    p.n_inst, p.n_block, p.n_special, p.n_lists = (
+        len(program.inst),
+        len(program.block),
+        len(program.special),
+        len(program.lists),
+    )
     p.register_bytes, p.n_pred, p.n_rows = program.register_bytes, program.n_pred, len(rows)
-    p.local_bytes, p.shared_granule, p.constant_bytes = program.local_bytes, program.shared_granule, len(constants)
+    p.local_bytes, p.shared_granule, p.constant_bytes = (
+        program.local_bytes,
+        program.shared_granule,
+        len(constants),
+    )
     # Undefined registers are followed only where they are looked for.
     p.has_taint = int(program.has_taint)
     p.n_taint_init, p.taint_init = len(program.taint_init), program.taint_init.ctypes.data
@@ -574,7 +804,12 @@ def launch(
     keep += [constants, params, inst]
     g = engine.Launch()
     g.grid[:], g.block[:], g.cluster[:] = grid3, block3, (1, 1, 1)
-    g.checks, g.params, g.param_bytes, g.param_base = mask, params.ctypes.data, kernel.param_bytes, PARAM_BASE
+    g.checks, g.params, g.param_bytes, g.param_base = (
+        mask,
+        params.ctypes.data,
+        kernel.param_bytes,
+        PARAM_BASE,
+    )
     g.regions, g.n_regions = ctypes.addressof(table), len(everything)
     g.static_shared, g.dynamic_shared = program.static_shared, shared_bytes
     g.shared_map, g.shared_total = shared_map.ctypes.data, total
@@ -593,30 +828,65 @@ def launch(
 
     moved = []
     for k, r in enumerate(everything):
-        entry = {"name": r.name, "size": r.size, "sectors_read": int(table[k].sectors_read),
-                 "sectors_written": int(table[k].sectors_written)}  # fmt: skip
+        entry = {
+            "name": r.name,
+            "size": r.size,
+            "sectors_read": int(table[k].sectors_read),
+            "sectors_written": int(table[k].sectors_written),
+        }
         pair = bitmaps[k]
         if pair is not None:
-            entry["distinct_read"] = int(np.bitwise_count(pair[0]).sum()) if hasattr(np, "bitwise_count") else _bits(pair[0])
-            entry["distinct_written"] = int(np.bitwise_count(pair[1]).sum()) if hasattr(np, "bitwise_count") else _bits(pair[1])
+            entry["distinct_read"] = (
+                int(np.bitwise_count(pair[0]).sum())
+                if hasattr(np, "bitwise_count")
+                else _bits(pair[0])
+            )
+            entry["distinct_written"] = (
+                int(np.bitwise_count(pair[1]).sum())
+                if hasattr(np, "bitwise_count")
+                else _bits(pair[1])
+            )
         if r.name != "kernel parameters":
             moved.append(entry)
-    totals = {"blocks": int(g.totals[0]), "threads_launched": int(g.totals[1]), "barriers": int(g.totals[2]),
-              "thread_instructions": int(g.totals[3]), "warp_instructions": int(g.totals[4])}  # fmt: skip
+    totals = {
+        "blocks": int(g.totals[0]),
+        "threads_launched": int(g.totals[1]),
+        "barriers": int(g.totals[2]),
+        "thread_instructions": int(g.totals[3]),
+        "warp_instructions": int(g.totals[4]),
+    }
     for name in COUNT.names or ():
         totals[name] = int(counts[name].sum())
     for name in ("sectors_read", "sectors_written", "distinct_read", "distinct_written"):
         totals[name] = sum(m.get(name, 0) for m in moved)
-    found = [_explain(kernel, r, rows, everything, grid3, block3, program) for r in reports[: g.n_reports]]
-    return Result(kernel, found, Counts(kernel, counts, moved, totals), text.raw[: g.print_used].decode(errors="replace"),
-                  seconds, grid3, block3)  # fmt: skip
+    found = [
+        _explain(kernel, r, rows, everything, grid3, block3, program)
+        for r in reports[: g.n_reports]
+    ]
+    return Result(
+        kernel,
+        found,
+        Counts(kernel, counts, moved, totals),
+        text.raw[: g.print_used].decode(errors="replace"),
+        seconds,
+        grid3,
+        block3,
+    )
 
 
 def _bits(words: np.ndarray) -> int:
     return int(np.unpackbits(words.view(np.uint8)).sum())
 
 
-def _explain(kernel: Kernel, r: Any, rows: list[Row], regions: Sequence[Region], grid: Sequence[int], block: Sequence[int], program: Any) -> Report:
+def _explain(
+    kernel: Kernel,
+    r: Any,
+    rows: list[Row],
+    regions: Sequence[Region],
+    grid: Sequence[int],
+    block: Sequence[int],
+    program: Any,
+) -> Report:
     row = rows[int(r["inst"])]
     code, address, size, space = int(r["kind"]), int(r["address"]), int(r["size"]), int(r["space"])
     kind = KINDS[code]
@@ -638,8 +908,13 @@ def _explain(kernel: Kernel, r: Any, rows: list[Row], regions: Sequence[Region],
                 break
         outside = near is None
         if near is None and regions:
+
             def gap(region: Region) -> int:
-                return region.base - address if address < region.base else address - (region.base + region.size) + 1
+                return (
+                    region.base - address
+                    if address < region.base
+                    else address - (region.base + region.size) + 1
+                )
 
             near = min(regions, key=gap)
             if gap(near) > 1 << 35:
@@ -652,9 +927,13 @@ def _explain(kernel: Kernel, r: Any, rows: list[Row], regions: Sequence[Region],
             if outside or address + size > near.base + near.size:
                 shape = f" of shape {near.shape}" if near.shape is not None else ""
                 beyond = address - (near.base + near.size)
-                place += (f", {beyond} bytes after the end of {near.name}{shape} ({near.size} bytes)" if beyond >= 0
-                          else f", {near.base - address} bytes before {near.name}{shape}" if address < near.base
-                          else f", across the end of {near.name}{shape} ({near.size} bytes)")  # fmt: skip
+                place += (
+                    f", {beyond} bytes after the end of {near.name}{shape} ({near.size} bytes)"
+                    if beyond >= 0
+                    else f", {near.base - address} bytes before {near.name}{shape}"
+                    if address < near.base
+                    else f", across the end of {near.name}{shape} ({near.size} bytes)"
+                )
         else:
             place = f"address {address:#x}, near no argument"
     elif space == 1:
@@ -678,7 +957,9 @@ def _explain(kernel: Kernel, r: Any, rows: list[Row], regions: Sequence[Region],
     other_row = rows[int(r["other_inst"])] if int(r["other_inst"]) != none else None
     other = ""
     if int(r["other_block"]) != none:
-        other = f"block {block_of(int(r['other_block']))}, thread {thread_of(int(r['other_thread']))}"
+        other = (
+            f"block {block_of(int(r['other_block']))}, thread {thread_of(int(r['other_thread']))}"
+        )
         if other_row is not None:
             other += f", at {other_row.loc or f'PTX line {other_row.ptx_line}'}"
     if code in (1, 2, 3, 4, 5, 6):
@@ -688,8 +969,11 @@ def _explain(kernel: Kernel, r: Any, rows: list[Row], regions: Sequence[Region],
     elif code == 7:
         message = "a value that was never written decides a branch, an address or what is stored"
     elif code in (8, 9, 10):
-        message = (f"{verb} of {size} bytes at {place}, not ordered with the access of {other}" if other else
-                   f"lanes of one instruction write different values to {place}")  # fmt: skip
+        message = (
+            f"{verb} of {size} bytes at {place}, not ordered with the access of {other}"
+            if other
+            else f"lanes of one instruction write different values to {place}"
+        )
     elif code == 11:
         message = f"{verb} of {size} bytes at {place}, which a cp.async still writes"
     elif code == 23:
@@ -702,39 +986,70 @@ def _explain(kernel: Kernel, r: Any, rows: list[Row], regions: Sequence[Region],
         if extra == (1 << 64) - 1:
             message = "waits for lanes that do not come"
         else:
-            message = f"waits at barrier {extra >> 40}: {extra >> 20 & 0xFFFFF} of {extra & 0xFFFFF} threads have come"
+            message = (
+                f"waits at barrier {extra >> 40}: {extra >> 20 & 0xFFFFF} of "
+                f"{extra & 0xFFFFF} threads have come"
+            )
     elif code == 15:
         message = f"reads lane {extra}, which does not execute the shuffle"
     elif code == 16:
-        message = f"not all lanes of its mask {extra:#010x} are here" if extra else "not all lanes of the warp are here"
+        message = (
+            f"not all lanes of its mask {extra:#010x} are here"
+            if extra
+            else "not all lanes of the warp are here"
+        )
     elif code == 17:
         message = "the kernel was still running after its budget of instructions; it was here"
     elif code == 19:
         message = f"a row's address ({place}) is not a multiple of 16"
     elif code == 20:
-        message = f"barrier {address} with {extra} threads: numbers are 0 to 15, threads multiples of 32"
+        message = (
+            f"barrier {address} with {extra} threads: numbers are 0 to 15, threads multiples of 32"
+        )
     elif code == 18:
         message = "the kernel trapped"
     elif code == 21:
         message = "an assert in the kernel failed"
     else:
         message = kind
-    return Report(kind, message, demangle(kernel.name), row.ptx_line, row.text, row.loc, block_of(b), thread_of(t),
-                  address or None, SPACES[space] if place else None, argument, index,
-                  other_row.loc if other_row else None, other_row.ptx_line if other_row else None, int(r["count"]),
-                  code in FATAL)  # fmt: skip
+    return Report(
+        kind,
+        message,
+        demangle(kernel.name),
+        row.ptx_line,
+        row.text,
+        row.loc,
+        block_of(b),
+        thread_of(t),
+        address or None,
+        SPACES[space] if place else None,
+        argument,
+        index,
+        other_row.loc if other_row else None,
+        other_row.ptx_line if other_row else None,
+        int(r["count"]),
+        code in FATAL,
+    )
 
 
 def emulate(
-    kernel: Kernel | Module, grid: int | Sequence[int], block: int | Sequence[int] | None = None, args: Sequence[Any] = (),
-    *, device: str | Device = "h100", checks: Any = True, seed: int = 0, shared_bytes: int | None = None,
-    strict: bool = True, **options: Any,
-) -> Result:  # fmt: skip
+    kernel: Kernel | Module,
+    grid: int | Sequence[int],
+    block: int | Sequence[int] | None = None,
+    args: Sequence[Any] = (),
+    *,
+    device: str | Device = "h100",
+    checks: Any = True,
+    seed: int = 0,
+    shared_bytes: int | None = None,
+    strict: bool = True,
+    **options: Any,
+) -> Result:
     """Runs a kernel.
 
     Args:
         kernel: of a `Module`; a module with one kernel will do.
-        grid, block: as in ``<<<grid, block>>>``; for a Triton kernel ``block`` is known and left out.
+        grid, block: as in ``<<<grid, block>>>``; a Triton kernel knows its ``block``.
         args: NumPy arrays and torch tensors (contiguous, written in place), numbers, ``bytes`` or
             ctypes structures for parameters passed by value, None for a null pointer.
         device: what it runs on: decides what a launch is refused for. See `devices.DEVICES`.
@@ -743,11 +1058,14 @@ def emulate(
         seed: decides the order of warps and blocks.
         shared_bytes: of dynamic shared memory; for a Triton kernel known.
         strict: raise `KernelError` if anything was found.
-        options: ``budget`` (most warp instructions), ``quantum`` (most basic blocks that a warp runs
-            at a stretch), ``window`` (blocks resident at once), ``cooperative``, ``registers`` (by the
+        options: ``budget`` (most warp instructions), ``quantum`` (most basic blocks that a warp
+        runs
+            at a stretch), ``window`` (blocks resident at once), ``cooperative``, ``registers``
+            (by the
             compiler's count, checked against the device), ``blocks`` (numbers of those to run).
 
-    Raises `LaunchError` for what CUDA would refuse, `PtxError` for an instruction that is not executed.
+    Raises `LaunchError` for what CUDA would refuse, `PtxError` for an instruction that is not
+    executed.
     """
     if isinstance(kernel, Module):
         kernel = kernel.kernel()
@@ -758,10 +1076,20 @@ def emulate(
     if block is None:
         raise LaunchError("block is missing")
     data, regions = marshal(kernel, args)
-    result = launch(kernel, grid, block, data, regions, shared_bytes=shared_bytes or 0, device=device, checks=checks,
-                    seed=seed, **options)  # fmt: skip
+    result = launch(
+        kernel,
+        grid,
+        block,
+        data,
+        regions,
+        shared_bytes=shared_bytes or 0,
+        device=device,
+        checks=checks,
+        seed=seed,
+        **options,
+    )
     result.arguments = list(args)
-    if strict and result.reports or any(r.fatal for r in result.reports):
+    if (strict and result.reports) or any(r.fatal for r in result.reports):
         first = [r for r in result.reports if r.fatal] or result.reports
         more = f"\n({len(result.reports)} findings in all)" if len(result.reports) > 1 else ""
         raise KernelError(f"{first[0]}{more}", result)
@@ -781,14 +1109,24 @@ class Orders:
         if self.same:
             return f"the same results in {len(self.seeds)} orders"
         seed, name, at = self.differences[0]
-        return (f"results depend on the schedule: with seed {seed}, {name} differs from seed {self.seeds[0]}'s "
-                f"from element {at} on ({len(self.differences)} of {len(self.seeds)} orders differ)")  # fmt: skip
+        return (
+            f"results depend on the schedule: with seed {seed}, {name} differs from seed "
+            f"{self.seeds[0]}'s "
+            f"from element {at} on ({len(self.differences)} of {len(self.seeds)} orders differ)"
+        )
 
 
 def emulate_orders(
-    kernel: Kernel | Module, grid: Any, block: Any = None, args: Sequence[Any] = (), *, orders: int | Sequence[int] = 20,
-    checks: Any = (), strict: bool = True, **options: Any,
-) -> Orders:  # fmt: skip
+    kernel: Kernel | Module,
+    grid: Any,
+    block: Any = None,
+    args: Sequence[Any] = (),
+    *,
+    orders: int | Sequence[int] = 20,
+    checks: Any = (),
+    strict: bool = True,
+    **options: Any,
+) -> Orders:
     """Runs a kernel under many orders of warps and blocks, each time on the same inputs.
 
     Some run a warp for long, some change after every basic block; the arguments hold the first
@@ -801,9 +1139,20 @@ def emulate_orders(
     for k, seed in enumerate(seeds):
         fresh = [_copy(a) for a in before]
         quantum = [64, 1, 4, 1000, 1, 16][k % 6]
-        passed = [uninitialized(f) if isinstance(a, uninitialized) else f for a, f in zip(args, fresh, strict=True)]
-        r = emulate(kernel, grid, block, passed, checks=checks, seed=seed, strict=strict,
-                    **{"quantum": quantum, **options})  # fmt: skip
+        passed = [
+            uninitialized(f) if isinstance(a, uninitialized) else f
+            for a, f in zip(args, fresh, strict=True)
+        ]
+        r = emulate(
+            kernel,
+            grid,
+            block,
+            passed,
+            checks=checks,
+            seed=seed,
+            strict=strict,
+            **{"quantum": quantum, **options},
+        )
         results.append(r)
         if not reference:
             reference = fresh
@@ -835,7 +1184,11 @@ def _bytes(x: Any) -> np.ndarray | None:
         return x.reshape(-1).view(np.uint8)
     if hasattr(x, "data_ptr"):
         size = x.numel() * x.element_size()
-        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(x.data_ptr())) if size else np.zeros(0, np.uint8)
+        return (
+            np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(x.data_ptr()))
+            if size
+            else np.zeros(0, np.uint8)
+        )
     return None
 
 

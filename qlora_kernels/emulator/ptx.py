@@ -1,6 +1,7 @@
 """PTX as text, and what it says: a tokenizer and a recursive-descent parser.
 
-The grammar is that of PTX ISA 9, less what a compiler does not write into a kernel. Every token knows
+The grammar is that of PTX ISA 9, less what a compiler does not write into a kernel. Every token
+knows
 its place, so an error says where. Instructions are kept as they stand (opcode, guard, operands);
 what they mean is `decode`'s business.
 """
@@ -15,13 +16,47 @@ from dataclasses import dataclass, field
 
 from .errors import PtxError
 
-__all__ = ["Function", "Immediate", "Instruction", "Label", "Location", "Memory", "Module", "Register",
-           "Symbol", "Variable", "Vector", "parse"]  # fmt: skip
+__all__ = [
+    "Function",
+    "Immediate",
+    "Instruction",
+    "Label",
+    "Location",
+    "Memory",
+    "Module",
+    "Register",
+    "Symbol",
+    "Variable",
+    "Vector",
+    "parse",
+]
 
-SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4,
-         "u32": 4, "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4, "b64": 8, "u64": 8,
-         "s64": 8, "f64": 8, "b128": 16, "pred": 0, "f32x2": 8,
-         "u16x2": 4, "s16x2": 4}  # fmt: skip
+SIZES = {
+    "b8": 1,
+    "u8": 1,
+    "s8": 1,
+    "b16": 2,
+    "u16": 2,
+    "s16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "b32": 4,
+    "u32": 4,
+    "s32": 4,
+    "f32": 4,
+    "f16x2": 4,
+    "bf16x2": 4,
+    "tf32": 4,
+    "b64": 8,
+    "u64": 8,
+    "s64": 8,
+    "f64": 8,
+    "b128": 16,
+    "pred": 0,
+    "f32x2": 8,
+    "u16x2": 4,
+    "s16x2": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +93,8 @@ class Register:
 
 @dataclass(frozen=True)
 class Immediate:
-    """A constant. ``value`` is an int; for ``0f``/``0d`` constants it is the bits and ``kind`` says so."""
+    """A constant. ``value`` is an int; for ``0f``/``0d`` constants it is the bits and ``kind``
+    says so."""
 
     value: int
     kind: str = "int"  # int, f32, f64
@@ -236,7 +272,9 @@ class _Parser:
         self.tokens = list(self._tokenize())
         self.i = 0
         # nvcc lists its files at the end, after the lines that refer to them
-        self.files = {int(n): f for n, f in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"\n]*)"', text, re.M)}
+        self.files = {
+            int(n): f for n, f in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"\n]*)"', text, re.M)
+        }
         self.strings: dict[str, str] = {}
         self.version, self.target, self.address_size = "", "", 64
         self.variables: dict[str, Variable] = {}
@@ -314,10 +352,19 @@ class _Parser:
             if level and op in ("+", "-"):
                 return left
             self.i += 1
-            right = self.expression(1 if op != "+" and op != "-" else 1)
+            right = self.expression(1)
             a, b = left.value, right.value
-            left = Immediate({"+": a + b, "-": a - b, "*": a * b, "<<": a << b, ">>": a >> b,
-                              "|": a | b, "&": a & b}[op])  # fmt: skip
+            left = Immediate(
+                {
+                    "+": a + b,
+                    "-": a - b,
+                    "*": a * b,
+                    "<<": a << b,
+                    ">>": a >> b,
+                    "|": a | b,
+                    "&": a & b,
+                }[op]
+            )
 
     def _unary(self) -> Immediate:
         token = self.token
@@ -390,8 +437,15 @@ class _Parser:
             raise PtxError("no .version directive: this is not PTX")
         if not self.target:
             raise PtxError("no .target directive: this is not PTX")
-        return Module(self.text, self.version, self.target, self.address_size, self.files,
-                      self.variables, self.functions)  # fmt: skip
+        return Module(
+            self.text,
+            self.version,
+            self.target,
+            self.address_size,
+            self.files,
+            self.variables,
+            self.functions,
+        )
 
     def skip(self, text: str) -> None:
         while self.token.text != text:
@@ -464,8 +518,10 @@ class _Parser:
                 self.take("<")
                 number = self.integer()
                 self.take(">")
-                out += [Variable(f"{token.text}{k}", space, kind, align or SIZES[kind], vector)
-                        for k in range(number)]  # fmt: skip
+                out += [
+                    Variable(f"{token.text}{k}", space, kind, align or SIZES[kind], vector)
+                    for k in range(number)
+                ]
             else:
                 while self.accept("["):
                     if self.token.text == "]":
@@ -473,8 +529,16 @@ class _Parser:
                     else:
                         count *= self.integer()
                     self.take("]")
-                v = Variable(token.text, space, kind, align or max(1, SIZES[kind] * vector), count,
-                             extern, unsized, line=self.place(token.at)[0])  # fmt: skip
+                v = Variable(
+                    token.text,
+                    space,
+                    kind,
+                    align or max(1, SIZES[kind] * vector),
+                    count,
+                    extern,
+                    unsized,
+                    line=self.place(token.at)[0],
+                )
                 if self.accept("="):
                     self.initializer(v)
                 out.append(v)
@@ -555,8 +619,16 @@ class _Parser:
                 self.take("]")
             # .ptr's .align is that of what is pointed to
             natural = SIZES[kind]
-            out.append(Variable(name, "param" if token.text == ".param" else "reg", kind,
-                                natural if pointer or not align else align, count, pointer=pointer))  # fmt: skip
+            out.append(
+                Variable(
+                    name,
+                    "param" if token.text == ".param" else "reg",
+                    kind,
+                    natural if pointer or not align else align,
+                    count,
+                    pointer=pointer,
+                )
+            )
             if not self.accept(","):
                 break
         self.take(")")
@@ -603,11 +675,15 @@ class _Parser:
             if text == "}":
                 self.i += 1
                 self.depth -= 1
-                for k in range(first, len(f.body) if labels else 0):  # labels used before they stand
+                for k in range(
+                    first, len(f.body) if labels else 0
+                ):  # labels used before they stand
                     item = f.body[k]
                     if isinstance(item, Instruction) and item.base in ("bra", "brx"):
                         item.operands = [
-                            Symbol(labels[x.name]) if isinstance(x, Symbol) and x.name in labels else x
+                            Symbol(labels[x.name])
+                            if isinstance(x, Symbol) and x.name in labels
+                            else x
                             for x in item.operands
                         ]
                 return
@@ -765,7 +841,9 @@ class _Parser:
             else:
                 offset = self.integer()
             if self.token.text == ",":
-                raise self.error("tensor addresses (a tensor map with coordinates) are not executed")
+                raise self.error(
+                    "tensor addresses (a tensor map with coordinates) are not executed"
+                )
             self.take("]")
             return Memory(base, offset)
         if self.accept("!"):

@@ -13,12 +13,40 @@ from fractions import Fraction
 
 import numpy as np
 
-WIDTH = {"b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16, "b32": 32, "u32": 32,
-         "s32": 32, "f32": 32, "f16x2": 32, "bf16x2": 32, "tf32": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64,
-         "f32x2": 64, "e4m3x2": 16, "e5m2x2": 16, "pred": 32}  # fmt: skip
+WIDTH = {
+    "b8": 8,
+    "u8": 8,
+    "s8": 8,
+    "b16": 16,
+    "u16": 16,
+    "s16": 16,
+    "f16": 16,
+    "bf16": 16,
+    "b32": 32,
+    "u32": 32,
+    "s32": 32,
+    "f32": 32,
+    "f16x2": 32,
+    "bf16x2": 32,
+    "tf32": 32,
+    "b64": 64,
+    "u64": 64,
+    "s64": 64,
+    "f64": 64,
+    "f32x2": 64,
+    "e4m3x2": 16,
+    "e5m2x2": 16,
+    "pred": 32,
+}
 UINT = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
-FORMATS = {"f16": (11, -14, 15, 16), "bf16": (8, -126, 127, 16), "f32": (24, -126, 127, 32),
-           "f64": (53, -1022, 1023, 64), "tf32": (11, -126, 127, 19), "e5m2": (3, -14, 15, 8)}  # fmt: skip
+FORMATS = {
+    "f16": (11, -14, 15, 16),
+    "bf16": (8, -126, 127, 16),
+    "f32": (24, -126, 127, 32),
+    "f64": (53, -1022, 1023, 64),
+    "tf32": (11, -126, 127, 19),
+    "e5m2": (3, -14, 15, 8),
+}
 NAN = {"f32": 0x7FFFFFFF, "f16": 0x7FFF, "bf16": 0x7FFF}
 
 
@@ -44,7 +72,13 @@ def is_negative(bits: int, kind: str) -> bool:
     return bool(bits >> (FORMATS[kind][3] - 1))
 
 
-def round_to(x: Fraction | float, kind: str, mode: str = "rn", negative_zero: bool = False, nan: int | None = None) -> int:
+def round_to(
+    x: Fraction | float,
+    kind: str,
+    mode: str = "rn",
+    negative_zero: bool = False,
+    nan: int | None = None,
+) -> int:
     """The bits of an exact value rounded once."""
     p, emin, emax, width = FORMATS[kind]
     if isinstance(x, float) and math.isnan(x):
@@ -66,8 +100,13 @@ def round_to(x: Fraction | float, kind: str, mode: str = "rn", negative_zero: bo
     scaled = x / Fraction(2) ** (e - p + 1)
     q, rest = divmod(scaled.numerator, scaled.denominator)
     rest = Fraction(rest, scaled.denominator)
-    up = {"rn": rest > Fraction(1, 2) or (rest == Fraction(1, 2) and q & 1), "rz": False, "rm": negative and rest > 0,
-          "rp": not negative and rest > 0, "rna": rest >= Fraction(1, 2)}[mode]  # fmt: skip
+    up = {
+        "rn": rest > Fraction(1, 2) or (rest == Fraction(1, 2) and q & 1),
+        "rz": False,
+        "rm": negative and rest > 0,
+        "rp": not negative and rest > 0,
+        "rna": rest >= Fraction(1, 2),
+    }[mode]
     q += up
     if q == 1 << p:
         q, e = q >> 1, e + 1
@@ -94,7 +133,9 @@ def saturate(bits: int, kind: str = "f32") -> int:
     return round_to(Fraction(1), kind) if v >= 1 else bits
 
 
-def _arith(op: str, values: list[float | Fraction], bits: list[int], kind: str, mode: str) -> tuple[float | Fraction, bool]:
+def _arith(
+    op: str, values: list[float | Fraction], bits: list[int], kind: str, mode: str
+) -> tuple[float | Fraction, bool]:
     """The exact result of an operation, and whether a zero result is negative."""
     neg = [is_negative(b, kind) for b in bits]
     special = any(isinstance(v, float) for v in values)
@@ -105,13 +146,19 @@ def _arith(op: str, values: list[float | Fraction], bits: list[int], kind: str, 
     if op == "add":
         a, b = values
         if special:
-            return float(a if isinstance(a, float) else 0) + float(b if isinstance(b, float) else 0), False
+            return float(a if isinstance(a, float) else 0) + float(
+                b if isinstance(b, float) else 0
+            ), False
         r = a + b
-        return r, (neg[0] and neg[1]) or (r == 0 and mode == "rm" and (neg[0] or neg[1] or a != 0)) if r == 0 else False
+        return r, (neg[0] and neg[1]) or (
+            r == 0 and mode == "rm" and (neg[0] or neg[1] or a != 0)
+        ) if r == 0 else False
     if op == "mul":
         a, b = values
         if special:
-            if any(isinstance(v, float) and math.isnan(v) for v in values) or any(v == 0 for v in values):
+            if any(isinstance(v, float) and math.isnan(v) for v in values) or any(
+                v == 0 for v in values
+            ):
                 return math.nan, False
             return -math.inf if neg[0] != neg[1] else math.inf, False
         return a * b, neg[0] != neg[1]
@@ -128,7 +175,9 @@ def _arith(op: str, values: list[float | Fraction], bits: list[int], kind: str, 
     raise KeyError(op)
 
 
-def arithmetic(op: str, kind: str, mode: str = "rn", ftz: bool = False, sat: bool = False, relu: bool = False) -> Callable:
+def arithmetic(
+    op: str, kind: str, mode: str = "rn", ftz: bool = False, sat: bool = False, relu: bool = False
+) -> Callable:
     """add, sub, mul, fma of one floating-point type, elementwise on bit patterns."""
 
     def one(*bits: int) -> int:
@@ -150,7 +199,9 @@ def arithmetic(op: str, kind: str, mode: str = "rn", ftz: bool = False, sat: boo
 def lanes(one: Callable[..., int], width: int) -> Callable:
     def f(*arrays: np.ndarray) -> np.ndarray:
         mask = (1 << width) - 1
-        return np.array([one(*(int(v) for v in row)) & mask for row in zip(*arrays, strict=True)], UINT[width])
+        return np.array(
+            [one(*(int(v) for v in row)) & mask for row in zip(*arrays, strict=True)], UINT[width]
+        )
 
     return f
 
@@ -173,7 +224,7 @@ def minmax(kind: str, biggest: bool, nan: bool = False, ftz: bool = False) -> Ca
             a, b = flush(a, kind), flush(b, kind)
         x, y = value(a, kind), value(b, kind)
         na, nb = (isinstance(v, float) and math.isnan(v) for v in (x, y))
-        if na and nb or nan and (na or nb):
+        if (na and nb) or (nan and (na or nb)):
             return NAN.get(kind, 0x7FF8000000000000)
         if na:
             return b
@@ -232,9 +283,13 @@ def square_root(kind: str, mode: str = "rn") -> Callable:
 
 
 COMPARE = {
-    "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b,
-    "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
-}  # fmt: skip
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+}
 
 
 def compare(name: str, kind: str, ftz: bool = False) -> Callable:
@@ -281,12 +336,18 @@ def from_int(frm: str, to: str, mode: str = "rn") -> Callable:
     return lanes(one, WIDTH[to])
 
 
-def convert(frm: str, to: str, mode: str = "rn", ftz: bool = False, sat: bool = False, relu: bool = False) -> Callable:
+def convert(
+    frm: str, to: str, mode: str = "rn", ftz: bool = False, sat: bool = False, relu: bool = False
+) -> Callable:
     def one(a: int) -> int:
         if ftz:
             a = flush(a, "f32") if frm == "f32" else a
         r = round_to(value(a, frm), to, mode, is_negative(a, frm))
-        if relu and is_negative(r, to) and not (isinstance(value(r, to), float) and math.isnan(value(r, to))):
+        if (
+            relu
+            and is_negative(r, to)
+            and not (isinstance(value(r, to), float) and math.isnan(value(r, to)))
+        ):
             r = 0
         if sat:
             r = saturate(r, to)
@@ -308,7 +369,8 @@ def integral(kind: str, mode: str) -> Callable:
     return lanes(one, WIDTH[kind])
 
 
-# -- integers ---------------------------------------------------------------------------------------
+# -- integers
+# ---------------------------------------------------------------------------------------
 
 
 def integer(f: Callable[..., int], kind: str, out: str | None = None) -> Callable:

@@ -10,13 +10,17 @@ from qlora_kernels.emulator import KernelError, LaunchError, Module, PtxError, e
 
 pytest.importorskip("qlora_kernels.emulator.engine").library()
 
-GOOD = kernel_text(""".reg .b64 %rd<4>; .reg .b32 %r<4>; ld.param.u64 %rd1, [p0]; ld.param.u32 %r2, [p1];
+GOOD = kernel_text(
+    """.reg .b64 %rd<4>; .reg .b32 %r<4>; ld.param.u64 %rd1, [p0]; ld.param.u32 %r2, [p1];
     mov.u32 %r1, %tid.x; mad.wide.u32 %rd2, %r1, 4, %rd1; st.global.u32 [%rd2], %r2; ret;""",
-                   ".param .u64 p0, .param .u32 p1")  # fmt: skip
+    ".param .u64 p0, .param .u32 p1",
+)
 
 
 def bad(body: str, **options) -> str:
-    text = kernel_text(f".reg .b32 %r<4>; .reg .b64 %rd<4>; .reg .pred %p<2>;\n{body}\nret;", ".param .u64 p0")
+    text = kernel_text(
+        f".reg .b32 %r<4>; .reg .b64 %rd<4>; .reg .pred %p<2>;\n{body}\nret;", ".param .u64 p0"
+    )
     with pytest.raises(PtxError) as caught:
         Module.from_ptx(text).kernel().program  # noqa: B018
     return str(caught.value)
@@ -24,12 +28,19 @@ def bad(body: str, **options) -> str:
 
 @pytest.mark.parametrize(
     "text,words",
-    [("", "empty"), ("hello", "expected a directive"), (".version 9.0\n", "no .target"), ("int main() {}", "expected"),
-     (GOOD[: len(GOOD) // 2], "PTX line"), (GOOD.replace("ret;", "ret"), "found }"),
-     (GOOD.replace(".param .u32 p1", ".param .u37 p1"), "u37"), (GOOD.replace("%tid.x;", "%tid.x"), "PTX line 8:25"),
-     (GOOD.replace("mov.u32", "mov.u32 `"), "unexpected character"),
-     (GOOD.replace(".address_size 64", ".address_size 32"), "64-bit")],
-)  # fmt: skip
+    [
+        ("", "empty"),
+        ("hello", "expected a directive"),
+        (".version 9.0\n", "no .target"),
+        ("int main() {}", "expected"),
+        (GOOD[: len(GOOD) // 2], "PTX line"),
+        (GOOD.replace("ret;", "ret"), "found }"),
+        (GOOD.replace(".param .u32 p1", ".param .u37 p1"), "u37"),
+        (GOOD.replace("%tid.x;", "%tid.x"), "PTX line 8:25"),
+        (GOOD.replace("mov.u32", "mov.u32 `"), "unexpected character"),
+        (GOOD.replace(".address_size 64", ".address_size 32"), "64-bit"),
+    ],
+)
 def test_what_is_not_ptx(text: str, words: str) -> None:
     with pytest.raises(PtxError) as caught:
         Module.from_ptx(text)
@@ -47,14 +58,31 @@ def test_every_truncation_is_an_error_or_has_no_kernel() -> None:
 
 @pytest.mark.parametrize(
     "body,words",
-    [("frobnicate.u32 %r1, %r2;", "frobnicate.u32: an instruction that the emulator does not know"),
-     ("add.fast.u32 %r1, %r2, %r3;", "modifier .fast is not known"), ("add.u32 %r1, %r2;", "2 operands, expected 3"),
-     ("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;", "tcgen05"), ("add.u32 %r9, %r2, %r3;", "%r9 was not declared"),
-     ("add.u32 %r1, %rd1, %r3;", "%rd1 is .b64, not .u32"), ("bra NOWHERE;", "NOWHERE"), ("add.f32.bf16 %r1, %r2, %r3;", "modifier .f32"),
-     ("call (%r1), nothing, (%r2);", "nothing"), ("mov.u32 %r1, %pm0;", "%pm0"),
-     ("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%r1}, {%r1}, {%r1}, {%r1};", "shape that is not executed"),
-     ("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd1], 16, [%r2];", "bulk copies")],
-)  # fmt: skip
+    [
+        (
+            "frobnicate.u32 %r1, %r2;",
+            "frobnicate.u32: an instruction that the emulator does not know",
+        ),
+        ("add.fast.u32 %r1, %r2, %r3;", "modifier .fast is not known"),
+        ("add.u32 %r1, %r2;", "2 operands, expected 3"),
+        ("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;", "tcgen05"),
+        ("add.u32 %r9, %r2, %r3;", "%r9 was not declared"),
+        ("add.u32 %r1, %rd1, %r3;", "%rd1 is .b64, not .u32"),
+        ("bra NOWHERE;", "NOWHERE"),
+        ("add.f32.bf16 %r1, %r2, %r3;", "modifier .f32"),
+        ("call (%r1), nothing, (%r2);", "nothing"),
+        ("mov.u32 %r1, %pm0;", "%pm0"),
+        (
+            "mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%r1}, {%r1}, {%r1}, {%r1};",
+            "shape that is not executed",
+        ),
+        (
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd1], "
+            "16, [%r2];",
+            "bulk copies",
+        ),
+    ],
+)
 def test_an_unknown_instruction_is_named_with_its_line(body: str, words: str) -> None:
     message = bad(body)
     assert words in message and "PTX line 8" in message and body.split()[0] in message
@@ -77,11 +105,17 @@ def test_kernel_names() -> None:
 
 @pytest.mark.parametrize(
     "args,words",
-    [([], "takes 2 arguments, 0 were given"), ([np.zeros(32, np.uint32)], "takes 2 arguments, 1 were given"),
-     ([np.zeros(64, np.uint32)[::2], 1], "not contiguous"), ([np.zeros(32, np.uint32), np.zeros(4)], "an array was given"),
-     ([np.zeros(32, np.uint32), 2**40], "does not fit"), ([np.zeros(32, np.uint32), "x"], "cannot be made of str"),
-     ([np.zeros(32, np.uint32), b"abc"], "3 bytes were given"), ([1.5, 1], "a float was given")],
-)  # fmt: skip
+    [
+        ([], "takes 2 arguments, 0 were given"),
+        ([np.zeros(32, np.uint32)], "takes 2 arguments, 1 were given"),
+        ([np.zeros(64, np.uint32)[::2], 1], "not contiguous"),
+        ([np.zeros(32, np.uint32), np.zeros(4)], "an array was given"),
+        ([np.zeros(32, np.uint32), 2**40], "does not fit"),
+        ([np.zeros(32, np.uint32), "x"], "cannot be made of str"),
+        ([np.zeros(32, np.uint32), b"abc"], "3 bytes were given"),
+        ([1.5, 1], "a float was given"),
+    ],
+)
 def test_arguments(args: list, words: str) -> None:
     with pytest.raises(LaunchError) as caught:
         emulate(Module.from_ptx(GOOD), 1, 32, args)
@@ -89,25 +123,40 @@ def test_arguments(args: list, words: str) -> None:
 
 
 def test_an_array_that_is_too_small_is_out_of_bounds() -> None:
-    with pytest.raises(KernelError, match=r"p0\[16\], 0 bytes after the end of p0 of shape \(16,\)"):
+    with pytest.raises(
+        KernelError, match=r"p0\[16\], 0 bytes after the end of p0 of shape \(16,\)"
+    ):
         emulate(Module.from_ptx(GOOD), 1, 32, [np.zeros(16, np.uint32), 1])
 
 
 @pytest.mark.parametrize(
     "options,words",
-    [({"block": 1025}, "1024"), ({"grid": (1, 70000)}, "grid.y"), ({"grid": 0}, "positive"), ({"block": (1, 1, 65)}, "block.z"),
-     ({"shared_bytes": 300000}, "bytes of shared memory"), ({"registers": 256}, "registers a thread"),
-     ({"registers": 128, "block": 1024}, "1024 threads need 131072"), ({"device": "a100"}, "compiled for sm_90a"),
-     ({"checks": ["everything"]}, "checks='everything'"), ({"cooperative": True, "grid": 100000}, "launched together")],
-)  # fmt: skip
+    [
+        ({"block": 1025}, "1024"),
+        ({"grid": (1, 70000)}, "grid.y"),
+        ({"grid": 0}, "positive"),
+        ({"block": (1, 1, 65)}, "block.z"),
+        ({"shared_bytes": 300000}, "bytes of shared memory"),
+        ({"registers": 256}, "registers a thread"),
+        ({"registers": 128, "block": 1024}, "1024 threads need 131072"),
+        ({"device": "a100"}, "compiled for sm_90a"),
+        ({"checks": ["everything"]}, "checks='everything'"),
+        ({"cooperative": True, "grid": 100000}, "launched together"),
+    ],
+)
 def test_launches_that_the_target_refuses(options: dict, words: str) -> None:
     with pytest.raises(LaunchError) as caught:
-        emulate(Module.from_ptx(GOOD), **{"grid": 1, "block": 32, "args": [np.zeros(32, np.uint32), 1], **options})
+        emulate(
+            Module.from_ptx(GOOD),
+            **{"grid": 1, "block": 32, "args": [np.zeros(32, np.uint32), 1], **options},
+        )
     assert words in str(caught.value)
 
 
 def test_launch_bounds_of_the_kernel() -> None:
-    module = Module.from_ptx(GOOD.replace(".param .u32 p1)", ".param .u32 p1)\n.maxntid 64, 1, 1\n"))
+    module = Module.from_ptx(
+        GOOD.replace(".param .u32 p1)", ".param .u32 p1)\n.maxntid 64, 1, 1\n")
+    )
     with pytest.raises(LaunchError, match="compiled for at most 64"):
         emulate(module, 1, 96, [np.zeros(96, np.uint32), 1])
     exact = Module.from_ptx(GOOD.replace(".param .u32 p1)", ".param .u32 p1)\n.reqntid 64\n"))

@@ -11,12 +11,20 @@ from qlora_kernels.emulator import KernelError, Module, emulate
 
 pytest.importorskip("qlora_kernels.emulator.engine").library()
 
-DTYPES = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "tf32": np.float32, "s8": np.int8, "u8": np.uint8,
-          "e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}  # fmt: skip
+DTYPES = {
+    "f16": np.float16,
+    "bf16": ml_dtypes.bfloat16,
+    "tf32": np.float32,
+    "s8": np.int8,
+    "u8": np.uint8,
+    "e4m3": ml_dtypes.float8_e4m3fn,
+    "e5m2": ml_dtypes.float8_e5m2,
+}
 
 
 def a_index(lane: int, i: int, per: int, regs: int) -> tuple[int, int]:
-    """Row and column of value i of a lane's A fragment (PTX ISA, "Matrix Fragments for mma.m16n8k*"):
+    """Row and column of value i of a lane's A fragment (PTX ISA, "Matrix Fragments for
+    mma.m16n8k*"):
     register r = i / per holds row groupID + 8 for odd r, columns beyond 4 * per for r >= 2."""
     r, h = divmod(i, per)
     return lane // 4 + 8 * (r % 2), (lane % 4) * per + h + 4 * per * (r // 2)
@@ -33,23 +41,43 @@ def c_index(lane: int, i: int) -> tuple[int, int]:
 
 def mma_kernel(shape: str, ta: str, tb: str, acc: str, na: int, nb: int, nc: int) -> Module:
     load = lambda p, n, base: "".join(  # noqa: E731
-        f"mad.lo.s64 %rd2, %rd1, {4 * n}, %rd{p + 10}; ld.global.b32 %{base}{k}, [%rd2+{4 * k}];\n" for k in range(n))
+        f"mad.lo.s64 %rd2, %rd1, {4 * n}, %rd{p + 10}; ld.global.b32 %{base}{k}, [%rd2+{4 * k}];\n"
+        for k in range(n)
+    )
     regs = lambda base, n: "{" + ", ".join(f"%{base}{k}" for k in range(n)) + "}"  # noqa: E731
-    body = f""".reg .b64 %rd<16>; .reg .b32 %r<2>; .reg .b32 %a<4>; .reg .b32 %b<2>; .reg .b32 %c<4>; .reg .b32 %d<4>;
+    body = (
+        f""".reg .b64 %rd<16>; .reg .b32 %r<2>; .reg .b32 %a<4>; .reg .b32 %b<2>; .reg .b32 %c<4>;
+        .reg .b32 %d<4>;
     mov.u32 %r1, %tid.x; cvt.u64.u32 %rd1, %r1;
-    ld.param.u64 %rd10, [p0]; ld.param.u64 %rd11, [p1]; ld.param.u64 %rd12, [p2]; ld.param.u64 %rd13, [p3];
+    ld.param.u64 %rd10, [p0]; ld.param.u64 %rd11, [p1]; ld.param.u64 %rd12, [p2];
+    ld.param.u64 %rd13, [p3];
     {load(1, na, "a")}{load(2, nb, "b")}{load(3, nc, "c")}
-    mma.sync.aligned.{shape}.row.col.{acc}.{ta}.{tb}.{acc} {regs("d", nc)}, {regs("a", na)}, {regs("b", nb)}, {regs("c", nc)};
+    mma.sync.aligned.{shape}.row.col.{acc}.{ta}.{tb}.{acc} {regs("d", nc)},
+        {regs("a", na)}, {regs("b", nb)}, {regs("c", nc)};
     mad.lo.s64 %rd2, %rd1, {4 * nc}, %rd10;
-    """ + "".join(f"st.global.b32 [%rd2+{4 * k}], %d{k};\n" for k in range(nc)) + "ret;"  # fmt: skip
+    """
+        + "".join(f"st.global.b32 [%rd2+{4 * k}], %d{k};\n" for k in range(nc))
+        + "ret;"
+    )
     return Module.from_ptx(kernel_text(body, ", ".join(f".param .u64 p{k}" for k in range(4))))
 
 
-CASES = [("m16n8k16", "f16", "f16", "f32"), ("m16n8k8", "f16", "f16", "f32"), ("m16n8k16", "bf16", "bf16", "f32"),
-         ("m16n8k8", "bf16", "bf16", "f32"), ("m16n8k8", "tf32", "tf32", "f32"), ("m16n8k4", "tf32", "tf32", "f32"),
-         ("m16n8k16", "f16", "f16", "f16"), ("m16n8k8", "f16", "f16", "f16"), ("m16n8k32", "s8", "s8", "s32"),
-         ("m16n8k16", "s8", "s8", "s32"), ("m16n8k32", "u8", "s8", "s32"), ("m16n8k32", "u8", "u8", "s32"),
-         ("m16n8k32", "e4m3", "e4m3", "f32"), ("m16n8k32", "e5m2", "e4m3", "f32")]  # fmt: skip
+CASES = [
+    ("m16n8k16", "f16", "f16", "f32"),
+    ("m16n8k8", "f16", "f16", "f32"),
+    ("m16n8k16", "bf16", "bf16", "f32"),
+    ("m16n8k8", "bf16", "bf16", "f32"),
+    ("m16n8k8", "tf32", "tf32", "f32"),
+    ("m16n8k4", "tf32", "tf32", "f32"),
+    ("m16n8k16", "f16", "f16", "f16"),
+    ("m16n8k8", "f16", "f16", "f16"),
+    ("m16n8k32", "s8", "s8", "s32"),
+    ("m16n8k16", "s8", "s8", "s32"),
+    ("m16n8k32", "u8", "s8", "s32"),
+    ("m16n8k32", "u8", "u8", "s32"),
+    ("m16n8k32", "e4m3", "e4m3", "f32"),
+    ("m16n8k32", "e5m2", "e4m3", "f32"),
+]
 
 
 @pytest.mark.parametrize("shape,ta,tb,acc", CASES)
@@ -67,9 +95,15 @@ def test_mma_against_matmul(shape: str, ta: str, tb: str, acc: str) -> None:
         return rng.integers(-8, 9, (rows, cols)).astype(DTYPES[t])
 
     A, B = operand(16, k, ta), operand(k, 8, tb)
-    C = rng.integers(-50, 50, (16, 8)).astype({"f32": np.float32, "f16": np.float16, "s32": np.int32}[acc])
-    fa = np.array([[A[a_index(lane, i, per, na)] for i in range(na * per)] for lane in range(32)], DTYPES[ta])
-    fb = np.array([[B[b_index(lane, i, per)] for i in range(nb * per)] for lane in range(32)], DTYPES[tb])
+    C = rng.integers(-50, 50, (16, 8)).astype(
+        {"f32": np.float32, "f16": np.float16, "s32": np.int32}[acc]
+    )
+    fa = np.array(
+        [[A[a_index(lane, i, per, na)] for i in range(na * per)] for lane in range(32)], DTYPES[ta]
+    )
+    fb = np.array(
+        [[B[b_index(lane, i, per)] for i in range(nb * per)] for lane in range(32)], DTYPES[tb]
+    )
     fc = np.array([[C[c_index(lane, i)] for i in range(4)] for lane in range(32)], C.dtype)
     out = np.zeros_like(fc)
     result = emulate(mma_kernel(shape, ta, tb, acc, na, nb, nc), 1, 32, [out, fa, fb, fc])
@@ -86,11 +120,19 @@ def test_mma_against_matmul(shape: str, ta: str, tb: str, acc: str) -> None:
 def test_mma_rounding_bound(t: str) -> None:
     """Sixteen products into fp32: within 16 roundings of the exact sum."""
     rng = np.random.default_rng(3)
-    A, B = rng.standard_normal((16, 16)).astype(DTYPES[t]), rng.standard_normal((16, 8)).astype(DTYPES[t])
+    A, B = (
+        rng.standard_normal((16, 16)).astype(DTYPES[t]),
+        rng.standard_normal((16, 8)).astype(DTYPES[t]),
+    )
     fa = np.array([[A[a_index(lane, i, 2, 4)] for i in range(8)] for lane in range(32)], DTYPES[t])
     fb = np.array([[B[b_index(lane, i, 2)] for i in range(4)] for lane in range(32)], DTYPES[t])
     out = np.zeros((32, 4), np.float32)
-    emulate(mma_kernel("m16n8k16", t, t, "f32", 4, 2, 4), 1, 32, [out, fa, fb, np.zeros((32, 4), np.float32)])
+    emulate(
+        mma_kernel("m16n8k16", t, t, "f32", 4, 2, 4),
+        1,
+        32,
+        [out, fa, fb, np.zeros((32, 4), np.float32)],
+    )
     a, b = A.astype(np.float64), B.astype(np.float64)
     want, size = a @ b, np.abs(a) @ np.abs(b)
     for lane in range(32):
@@ -114,28 +156,41 @@ def test_satfinite() -> None:
 def ldmatrix_kernel(op: str, n: int, trans: bool, stride: int) -> Module:
     regs = "{" + ", ".join(f"%v{k}" for k in range(n)) + "}"
     t = ".trans" if trans else ""
-    move = (f"ldmatrix.sync.aligned.m8n8.x{n}{t}.shared.b16 {regs}, [%r3];" if op == "ldmatrix"
-            else f"stmatrix.sync.aligned.m8n8.x{n}{t}.shared.b16 [%r3], {regs};")  # fmt: skip
+    move = (
+        f"ldmatrix.sync.aligned.m8n8.x{n}{t}.shared.b16 {regs}, [%r3];"
+        if op == "ldmatrix"
+        else f"stmatrix.sync.aligned.m8n8.x{n}{t}.shared.b16 [%r3], {regs};"
+    )
     copy_in = "".join(f"ld.global.b32 %v{k}, [%rd2+{4 * k}];\n" for k in range(n))
     copy_out = "".join(f"st.global.b32 [%rd2+{4 * k}], %v{k};\n" for k in range(n))
-    body = f""".reg .b64 %rd<8>; .reg .b32 %r<8>; .reg .b32 %v<4>; .reg .pred %p<2>;
+    body = (
+        f""".reg .b64 %rd<8>; .reg .b32 %r<8>; .reg .b32 %v<4>; .reg .pred %p<2>;
     .shared .align 16 .b8 tile[{32 * stride}];
     mov.u32 %r1, %tid.x; cvt.u64.u32 %rd1, %r1; ld.param.u64 %rd3, [p0]; ld.param.u64 %rd4, [p1];
     mad.lo.s64 %rd2, %rd1, {4 * n}, %rd{"3" if op == "ldmatrix" else "4"};
     mov.u32 %r2, tile; mad.lo.s32 %r3, %r1, {stride}, %r2;
     mad.lo.s64 %rd5, %rd1, 16, %rd{"4" if op == "ldmatrix" else "3"};
     .reg .b32 %w<4>;
-    """ + (f"ld.global.v4.b32 {{%w0,%w1,%w2,%w3}}, [%rd5]; st.shared.v4.b32 [%r3], {{%w0,%w1,%w2,%w3}}; bar.sync 0;\n{move}\n{copy_out}"
-           if op == "ldmatrix" else
-           f"mov.b32 %w0, 0; st.shared.v4.b32 [%r3], {{%w0,%w0,%w0,%w0}};\n{copy_in} bar.sync 0; {move} bar.sync 0;\n"
-           f"ld.shared.v4.b32 {{%w0,%w1,%w2,%w3}}, [%r3]; st.global.v4.b32 [%rd5], {{%w0,%w1,%w2,%w3}};\n") + "ret;"  # fmt: skip
+    """
+        + (
+            f"ld.global.v4.b32 {{%w0,%w1,%w2,%w3}}, [%rd5]; st.shared.v4.b32 [%r3], "
+            f"{{%w0,%w1,%w2,%w3}}; bar.sync 0;\n{move}\n{copy_out}"
+            if op == "ldmatrix"
+            else f"mov.b32 %w0, 0; st.shared.v4.b32 [%r3], {{%w0,%w0,%w0,%w0}};\n{copy_in} "
+            f"bar.sync 0; {move} bar.sync 0;\n"
+            f"ld.shared.v4.b32 {{%w0,%w1,%w2,%w3}}, [%r3]; st.global.v4.b32 [%rd5], "
+            f"{{%w0,%w1,%w2,%w3}};\n"
+        )
+        + "ret;"
+    )
     return Module.from_ptx(kernel_text(body, ".param .u64 p0, .param .u64 p1"))
 
 
 @pytest.mark.parametrize("trans", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_ldmatrix_and_stmatrix(n: int, trans: bool) -> None:
-    """Lane l gets row l / 4, columns 2 (l % 4) and the next, of each matrix; of its transpose with .trans."""
+    """Lane l gets row l / 4, columns 2 (l % 4) and the next, of each matrix;
+    of its transpose with .trans."""
     tiles = np.arange(32 * 8, dtype=np.uint16).reshape(4, 8, 8)
     want = np.zeros((32, n, 2), np.uint16)
     for lane in range(32):
@@ -155,13 +210,16 @@ def test_ldmatrix_and_stmatrix(n: int, trans: bool) -> None:
 def test_ldmatrix_conflicts() -> None:
     """Rows 128 bytes apart are all in the same banks: eight wavefronts a matrix."""
     tiles = np.zeros((32, 8), np.uint16)
-    result = emulate(ldmatrix_kernel("ldmatrix", 4, False, 128), 1, 32, [np.zeros((32, 4, 2), np.uint16), tiles])
+    result = emulate(
+        ldmatrix_kernel("ldmatrix", 4, False, 128), 1, 32, [np.zeros((32, 4, 2), np.uint16), tiles]
+    )
     assert result.counts.sum("wavefronts", "ldmatrix") == 32
     assert result.counts.sum("wavefronts_ideal", "ldmatrix") == 4
 
 
 def wgmma_kernel(n: int, t: str, swizzle: int, mn_b: bool, a_in_registers: bool) -> str:
-    """D[64, n] = A[64, 16] B[16, n] from tiles that lie in global memory as they shall in shared."""
+    """D[64, n] = A[64, 16] B[16, n] from tiles that lie in global memory as they shall in
+    shared."""
     mode = {128: 1, 64: 2, 32: 3, 0: 0}[swizzle]
     nd = n // 2
     d = "{" + ", ".join(f"%d{k}" for k in range(nd)) + "}"
@@ -177,13 +235,18 @@ def wgmma_kernel(n: int, t: str, swizzle: int, mn_b: bool, a_in_registers: bool)
 
     def descriptor(reg: str, at: str, lead: int, stride: int) -> str:
         high = (stride >> 4) | mode << 30
-        return (f"shr.u32 %r5, {at}, 4; and.b32 %r5, %r5, 16383; or.b32 %r5, %r5, {(lead >> 4) << 16};\n"
-                f"mov.b32 %r6, {high - 2**32 if high >> 31 else high}; mov.b64 {reg}, {{%r5, %r6}};\n")  # fmt: skip
+        return (
+            f"shr.u32 %r5, {at}, 4; and.b32 %r5, %r5, 16383; or.b32 %r5, %r5, "
+            f"{(lead >> 4) << 16};\n"
+            f"mov.b32 %r6, {high - 2**32 if high >> 31 else high}; mov.b64 {reg}, {{%r5, %r6}};\n"
+        )
 
     a = "{%a0, %a1, %a2, %a3}" if a_in_registers else "%rd6"
     trans = f"{'' if a_in_registers else '0, '}{int(mn_b)}" if t in ("f16", "bf16") else ""
     fragment = "".join(f"ld.global.b32 %a{k}, [%rd8+{4 * k}];\n" for k in range(4))
-    body = f""".reg .b64 %rd<16>; .reg .b32 %r<16>; .reg .b32 %d<{nd}>; .reg .b32 %a<4>; .reg .pred %p<2>;
+    body = (
+        f""".reg .b64 %rd<16>; .reg .b32 %r<16>; .reg .b32 %d<{nd}>; .reg .b32 %a<4>;
+        .reg .pred %p<2>;
     .shared .align 1024 .b8 sa[{size_a}]; .shared .align 1024 .b8 sb[{size_b}];
     mov.u32 %r1, %tid.x; cvt.u64.u32 %rd1, %r1;
     ld.param.u64 %rd2, [p0]; ld.param.u64 %rd3, [p1]; ld.param.u64 %rd4, [p2];
@@ -191,27 +254,42 @@ def wgmma_kernel(n: int, t: str, swizzle: int, mn_b: bool, a_in_registers: bool)
     shl.b32 %r7, %r1, 2; add.u32 %r8, %r7, %r2; add.u32 %r9, %r7, %r3;
     mad.lo.s64 %rd8, %rd1, 16, %rd3; {fragment if a_in_registers else ""}
     mov.u32 %r10, %r7; cvt.u64.u32 %rd9, %r7; add.s64 %rd10, %rd9, %rd3; add.s64 %rd11, %rd9, %rd4;
-    """ + ("" if a_in_registers else f"""
+    """
+        + (
+            ""
+            if a_in_registers
+            else f"""
 LA: setp.ge.u32 %p1, %r10, {size_a}; @%p1 bra LB0;
-    ld.global.b32 %r11, [%rd10]; st.shared.b32 [%r8], %r11; add.s64 %rd10, %rd10, 512; add.u32 %r8, %r8, 512; add.u32 %r10, %r10, 512; bra LA;
+    ld.global.b32 %r11, [%rd10]; st.shared.b32 [%r8], %r11; add.s64 %rd10, %rd10, 512;
+    add.u32 %r8, %r8, 512; add.u32 %r10, %r10, 512; bra LA;
 LB0: mov.u32 %r10, %r7;
-    """) + f"""
+    """
+        )
+        + f"""
 LB: setp.ge.u32 %p1, %r10, {size_b}; @%p1 bra LC;
-    ld.global.b32 %r11, [%rd11]; st.shared.b32 [%r9], %r11; add.s64 %rd11, %rd11, 512; add.u32 %r9, %r9, 512; add.u32 %r10, %r10, 512; bra LB;
+    ld.global.b32 %r11, [%rd11]; st.shared.b32 [%r9], %r11; add.s64 %rd11, %rd11, 512;
+    add.u32 %r9, %r9, 512; add.u32 %r10, %r10, 512; bra LB;
 LC: bar.sync 0; fence.proxy.async.shared::cta;
     {descriptor("%rd6", "%r2", lead_a, stride_a)}{descriptor("%rd7", "%r3", lead_b, stride_b)}
-    """ + "".join(f"mov.b32 %d{k}, 0f3F800000;\n" for k in range(nd)) + f"""
+    """
+        + "".join(f"mov.b32 %d{k}, 0f3F800000;\n" for k in range(nd))
+        + f"""
     wgmma.fence.sync.aligned;
     wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{t}.{t} {d}, {a}, %rd7, 1, 1, 1, {trans};
     wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
     mad.lo.s64 %rd2, %rd1, {4 * nd}, %rd2;
-    """ + "".join(f"st.global.b32 [%rd2+{4 * k}], %d{k};\n" for k in range(nd)) + "ret;"  # fmt: skip
+    """
+        + "".join(f"st.global.b32 [%rd2+{4 * k}], %d{k};\n" for k in range(nd))
+        + "ret;"
+    )
     return kernel_text(body, ", ".join(f".param .u64 p{k}" for k in range(3)))
 
 
 def place(x: np.ndarray, swizzle: int, size: int, mn: bool, lead: int, stride: int) -> np.ndarray:
-    """x[r, k] laid out as wgmma's canonical layouts have it (CUTLASS's notation, in 16-bit elements):
-    K-major Swizzle o ((8, m), (8, 2)) : ((row, stride), (1, lead)), or the same with M or N contiguous."""
+    """x[r, k] laid out as wgmma's canonical layouts have it (CUTLASS's notation, in 16-bit
+    elements):
+    K-major Swizzle o ((8, m), (8, 2)) : ((row, stride), (1, lead)), or the same with M or N
+    contiguous."""
     out = np.zeros(size // 2, x.dtype)
     row = (swizzle or 16) // 2
     for r in range(x.shape[0]):
@@ -235,7 +313,9 @@ def place(x: np.ndarray, swizzle: int, size: int, mn: bool, lead: int, stride: i
 @pytest.mark.parametrize("mn_b", [False, True])
 @pytest.mark.parametrize("swizzle", [0, 32, 64, 128])
 @pytest.mark.parametrize("n,t", [(64, "bf16"), (128, "f16")])
-def test_wgmma_against_matmul(n: int, t: str, swizzle: int, mn_b: bool, a_in_registers: bool) -> None:
+def test_wgmma_against_matmul(
+    n: int, t: str, swizzle: int, mn_b: bool, a_in_registers: bool
+) -> None:
     rng = np.random.default_rng(0)
     A = rng.integers(-8, 9, (64, 16)).astype(DTYPES[t])
     B = rng.integers(-8, 9, (16, n)).astype(DTYPES[t])
@@ -249,8 +329,19 @@ def test_wgmma_against_matmul(n: int, t: str, swizzle: int, mn_b: bool, a_in_reg
         lead_b, stride_b = (16, 8 * rows) if swizzle else (n * 16, 128)
     size_a, size_b = 64 * max(rows, 32), n * 32 if mn_b else n * max(rows, 32)
     if a_in_registers:
-        a = np.array([[A[16 * (lane // 32) + a_index(lane % 32, i, 2, 4)[0], a_index(lane % 32, i, 2, 4)[1]] for i in range(8)]
-                      for lane in range(128)], DTYPES[t])  # fmt: skip
+        a = np.array(
+            [
+                [
+                    A[
+                        16 * (lane // 32) + a_index(lane % 32, i, 2, 4)[0],
+                        a_index(lane % 32, i, 2, 4)[1],
+                    ]
+                    for i in range(8)
+                ]
+                for lane in range(128)
+            ],
+            DTYPES[t],
+        )
     else:
         a = place(A, swizzle, size_a, False, lead_a, stride_a)
     b = place(B.T, swizzle, size_b, mn_b, lead_b, stride_b)
@@ -266,6 +357,10 @@ def test_wgmma_against_matmul(n: int, t: str, swizzle: int, mn_b: bool, a_in_reg
 
 def test_mma_of_part_of_a_warp_is_reported() -> None:
     module = mma_kernel("m16n8k16", "f16", "f16", "f32", 4, 2, 4)
-    half = [np.zeros((32, 8), np.float16), np.zeros((32, 4), np.float16), np.zeros((32, 4), np.float32)]
+    half = [
+        np.zeros((32, 8), np.float16),
+        np.zeros((32, 4), np.float16),
+        np.zeros((32, 4), np.float32),
+    ]
     with pytest.raises(KernelError, match="not all lanes of the warp"):
         emulate(module, 1, 16, [np.zeros((32, 4), np.float32), *half])

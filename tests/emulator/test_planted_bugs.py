@@ -45,18 +45,45 @@ def run(module: Module, name: str, seed: int = 0):
     if "constant" in name:
         x.flags.writeable = False
     block = {"ldmatrix_row": 32}.get(name.split("_", 1)[1], 256)
-    grid = 1 if "shared" in name or "barrier" in name and "flag" not in name else 4
+    grid = 1 if "shared" in name or ("barrier" in name and "flag" not in name) else 4
     if name.endswith("early_exit"):
         grid = 4
-    single = ("no_barrier", "no_second_barrier", "reduction_step", "bytes", "warp_exchange", "same_slot", "plain_count",
-              "copy_without_wait", "copy_without_barrier", "copy_overwritten", "waits_for_too_few", "ldmatrix_row",
-              "shuffle_in_branch", "full_mask_in_branch", "ballot_mask", "half_at_barrier", "dynamic_too_small",
-              "barrier_in_branch", "named_barrier", "accumulator")  # fmt: skip
+    single = (
+        "no_barrier",
+        "no_second_barrier",
+        "reduction_step",
+        "bytes",
+        "warp_exchange",
+        "same_slot",
+        "plain_count",
+        "copy_without_wait",
+        "copy_without_barrier",
+        "copy_overwritten",
+        "waits_for_too_few",
+        "ldmatrix_row",
+        "shuffle_in_branch",
+        "full_mask_in_branch",
+        "ballot_mask",
+        "half_at_barrier",
+        "dynamic_too_small",
+        "barrier_in_branch",
+        "named_barrier",
+        "accumulator",
+    )
     if name.split("_", 1)[1] in single:
         grid = 1
     args = [x, uninitialized(y) if "output_read" in name else y, n]
-    return emulate(module.kernel(name), grid, block, args, device="a100", shared_bytes=512 if "dynamic" in name else 0,
-                   seed=seed, budget=3_000_000, registers=32)  # fmt: skip
+    return emulate(
+        module.kernel(name),
+        grid,
+        block,
+        args,
+        device="a100",
+        shared_bytes=512 if "dynamic" in name else 0,
+        seed=seed,
+        budget=3_000_000,
+        registers=32,
+    )
 
 
 def test_there_are_many() -> None:
@@ -94,4 +121,7 @@ def test_a_report_names_argument_index_and_thread(module: Module) -> None:
     (report,) = caught.value.result.reports
     assert report.argument == "argument 1" and report.index == 1000 and report.space == "global"
     assert report.block == (3, 0, 0) and report.thread == (1000 - 3 * 256, 0, 0)
-    assert "argument 1[1000], 0 bytes after the end of argument 1 of shape (1000,) (4000 bytes)" in str(report)
+    assert (
+        "argument 1[1000], 0 bytes after the end of argument 1 of shape (1000,) (4000 bytes)"
+        in str(report)
+    )
