@@ -48,7 +48,8 @@ struct Scales {
 
 QLK_INLINE float load_scale(const Scales& s, int64_t block) {
   if (s.absmax != nullptr) return s.absmax[block];
-  const float product = s.nested_code[s.absmax8[block]] * s.nested_absmax[block >> kNestedBlockLog2];
+  const float product =
+      s.nested_code[s.absmax8[block]] * s.nested_absmax[block >> kNestedBlockLog2];
   return product + s.offset;  // two roundings: built with contraction off (-ffp-contract, -fmad)
 }
 

@@ -14,8 +14,8 @@
 //
 // Elements of the matmul are bf16 where the hardware multiplies bf16 (AVX-512 BF16, AMX through
 // torch), else fp32, whatever the compute dtype: torch's bf16 matmul is far slower than its fp32
-// one elsewhere. Cost over a dense layer: decoding (about half a byte read and an element written to
-// cache for each weight, once a pass) and a copy of x where LoRA or a dtype asks for it.
+// one elsewhere. Cost over a dense layer: decoding (about half a byte read and an element written
+// to cache for each weight, once a pass) and a copy of x where LoRA or a dtype asks for it.
 //
 // Numerics: fp32 elements: variant (a) for bf16 and fp16 weights (rounded to the compute dtype by
 // dequantize's rule), fp32 sums; |error| <= 2 (K + r) 2^-24 sum|x w|, whatever order torch's
@@ -40,8 +40,9 @@ constexpr int64_t kPanelBytes = int64_t{2} << 20;
 
 int64_t size_of(DType d) { return d == DType::f32 ? 4 : 2; }
 ScalarType torch_type(DType d) {
-  return d == DType::f32 ? ScalarType::Float
-                         : d == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Half;
+  return d == DType::f32    ? ScalarType::Float
+         : d == DType::bf16 ? ScalarType::BFloat16
+                            : ScalarType::Half;
 }
 int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
 
@@ -99,8 +100,8 @@ bool bf16_elements(DType compute) { return compute == DType::bf16 && kernels().b
 
 // Rows [first, first + rows) of the weight, columns [col, col + cols), to elements: rounded to the
 // compute dtype, as dequantize does, and widened where the elements are fp32.
-void decode_panel(const Weight& w, int64_t k, int64_t first, int64_t rows, int64_t col, int64_t cols,
-                  DType compute, void* out, DType element, int64_t ld) {
+void decode_panel(const Weight& w, int64_t k, int64_t first, int64_t rows, int64_t col,
+                  int64_t cols, DType compute, void* out, DType element, int64_t ld) {
   const Kernels& table = kernels();
   parallel_rows(rows, cols, [&](int64_t begin, int64_t end) {
     table.decode_panel(w, k, col, first + begin, first + end, cols, compute,
@@ -188,8 +189,8 @@ void forward_tile(const LinearProblem& p, bool bf16) {
       small_s(p, xs, ldx, p.s_out);
       s = {p.s_out, DType::f32};
     }
-    k.convert(s.data, s.dtype, p.rank, DType::f32, x.at((a.ldx - a.lds) * size_of(element)), element,
-              a.ldx, p.m, p.rank, false, p.scaling);
+    k.convert(s.data, s.dtype, p.rank, DType::f32, x.at((a.ldx - a.lds) * size_of(element)),
+              element, a.ldx, p.m, p.rank, false, p.scaling);
     a.s = static_cast<const float*>(x.get());  // says that there is one; it stands in x
   }
   const auto kernel = bf16 ? k.tile_bf16 : k.tile;
@@ -310,7 +311,8 @@ void linear_backward(const GradProblem& p) {
       convert_rows(p.s, p.rank, p.compute, s.get(), element, p.rank, p.m);
       matmul(view(dy, element, p.n, p.m, 1, width), view(s.get(), element, p.m, p.rank, p.rank, 1),
              view(db.get(), element, p.n, p.rank, p.rank, 1));
-      convert_rows({db.get(), element}, p.rank, DType::f32, p.db, p.b.dtype, p.rank, p.n, p.scaling);
+      convert_rows({db.get(), element}, p.rank, DType::f32, p.db, p.b.dtype, p.rank, p.n,
+                   p.scaling);
     }
   }
   if (p.dx == nullptr) return;
@@ -333,8 +335,7 @@ void linear_backward(const GradProblem& p) {
     }
     const Tensor right = view(panel.get(), element, inner, count, count, 1);
     if (direct) {
-      matmul(left, right,
-             view(static_cast<char*>(p.dx) + c * size, element, p.m, count, p.k, 1));
+      matmul(left, right, view(static_cast<char*>(p.dx) + c * size, element, p.m, count, p.k, 1));
       continue;
     }
     matmul(left, right, view(out.get(), element, p.m, count, count, 1));

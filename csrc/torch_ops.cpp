@@ -1,5 +1,6 @@
-// The CPU side of the torch ops, on torch's stable ABI (2.10 and later): checks arguments, allocates
-// results, hands ranges to the kernels on torch's own threads. Schemas stand in qlora_kernels/ops.py.
+// The CPU side of the torch ops, on torch's stable ABI (2.10 and later): checks arguments,
+// allocates results, hands ranges to the kernels on torch's own threads. Schemas stand in
+// qlora_kernels/ops.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -82,8 +83,9 @@ struct WeightArgs {
     }
     STD_TORCH_CHECK(absmax.scalar_type() == ScalarType::Byte && absmax.is_contiguous(),
                     "absmax must be contiguous float32, or uint8 with nested scales");
-    STD_TORCH_CHECK(nested_absmax && nested_code && nested_offset,
-                    "absmax is uint8, so nested_absmax, nested_code and nested_offset must be given");
+    STD_TORCH_CHECK(
+        nested_absmax && nested_code && nested_offset,
+        "absmax is uint8, so nested_absmax, nested_code and nested_offset must be given");
     w.scales.absmax8 = static_cast<const uint8_t*>(absmax.const_data_ptr());
     w.scales.nested_absmax =
         floats(*nested_absmax, ceil_div(blocks, kNestedBlock), "nested_absmax");
@@ -152,7 +154,8 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& a_in, const Tensor& thres
   return {packed, absmax};
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_in, const Tensor& thresholds,
+std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_in,
+                                                   const Tensor& thresholds,
                                                    std::optional<Tensor> offset) {
   const Tensor absmax = torch::stable::contiguous(absmax_in);
   const int64_t count = absmax.numel();
@@ -213,9 +216,7 @@ void dequantize_4bit_out(const Tensor& packed, const Tensor& absmax, const Tenso
   dequantize_into(w, out.numel(), dtype_of(out, "out"), out.mutable_data_ptr(), false);
 }
 
-Matrix matrix(const Tensor& t, const char* what) {
-  return {t.const_data_ptr(), dtype_of(t, what)};
-}
+Matrix matrix(const Tensor& t, const char* what) { return {t.const_data_ptr(), dtype_of(t, what)}; }
 
 std::tuple<Tensor, Tensor> linear_4bit(
     const Tensor& x_in, const Tensor& packed, const Tensor& absmax, const Tensor& codebook,
@@ -315,7 +316,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_4bit_backward(
       p.a = matrix(*a, "lora_a");
     }
     if (need_da) {
-      STD_TORCH_CHECK(x_in.has_value() && a.has_value(), "the gradient of lora_a needs x and lora_a");
+      STD_TORCH_CHECK(x_in.has_value() && a.has_value(),
+                      "the gradient of lora_a needs x and lora_a");
       x = torch::stable::contiguous(*x_in);
       STD_TORCH_CHECK(x->numel() == m * in_features, "x must be [..., ", in_features, "] like dy");
       p.x = matrix(*x, "x");

@@ -1,5 +1,5 @@
-// A run of consecutive values decoded in order, for whoever needs them: dequantization, panels for a
-// matmul, strips of a tile kernel.
+// A run of consecutive values decoded in order, for whoever needs them: dequantization, panels for
+// a matmul, strips of a tile kernel.
 #pragma once
 #include "kernels.h"
 #include "simd.h"
@@ -45,10 +45,11 @@ QLK_INLINE void stream_floats(float* out, Floats v) {
 #endif
 }
 
-// Values [begin, end) to out[0 ...]. `stream`: out is aligned to 64 bytes and written past the cache.
+// Values [begin, end) to out[0 ...]. `stream`: out is aligned to 64 bytes and written past the
+// cache.
 template <typename T, Rounding kRounding = Rounding::once>
-QLK_INLINE void decode_run(const Weight& w, const Codebook& book, int64_t begin, int64_t end, T* out,
-                           bool stream = false) {
+QLK_INLINE void decode_run(const Weight& w, const Codebook& book, int64_t begin, int64_t end,
+                           T* out, bool stream = false) {
   const int64_t aligned = (begin + 31) & ~int64_t{31};
   int64_t i = aligned < end ? aligned : end;
   decode_scalar<T, kRounding>(w, begin, i, out);

@@ -1,10 +1,10 @@
 // Dequantization, nested scales decoded on the way, and the conversions around the matmuls.
 //
-// fp32: 32 values at a time, 16 bytes in, one codebook lookup (simd.h), one product with the block's
-// scale. 16 bits: a block's 16 possible values are scaled and rounded once into a table, and 64
-// weights are 64 lookups. Half a byte and 1/64 of a scale are read for each value and 2 or 4 bytes
-// written, so the write is what it costs; results larger than the cache are streamed past it, which
-// saves reading the lines that are about to be overwritten.
+// fp32: 32 values at a time, 16 bytes in, one codebook lookup (simd.h), one product with the
+// block's scale. 16 bits: a block's 16 possible values are scaled and rounded once into a table,
+// and 64 weights are 64 lookups. Half a byte and 1/64 of a scale are read for each value and 2 or 4
+// bytes written, so the write is what it costs; results larger than the cache are streamed past it,
+// which saves reading the lines that are about to be overwritten.
 //
 // Exact: one fp32 product, rounded once to nearest even, denormals kept.
 #include "decode_run.h"
@@ -52,7 +52,8 @@ void decode_panel(const Weight& w, int64_t row_length, int64_t col, int64_t begi
     } else {
       float* row = (float*)out + to;
       decode_run(w, book, at, last, row);
-      if (round == DType::f16) convert(row, DType::f32, cols, round, row, DType::f32, cols, 1, cols, false, 1.0f);
+      if (round == DType::f16)
+        convert(row, DType::f32, cols, round, row, DType::f32, cols, 1, cols, false, 1.0f);
     }
   }
 }
@@ -92,7 +93,8 @@ static void convert_typed(const In* in, int64_t ld_in, DType round, Out* out, in
   const Floats factor = splat(scale);
   for (int64_t r = 0; r < rows; ++r, in += ld_in, out += ld_out) {
     int64_t c = 0;
-    if (scale == 1.0f && sizeof(In) >= sizeof(Out) && round == DType::f32) {  // one rounding at most
+    if (scale == 1.0f && sizeof(In) >= sizeof(Out) &&
+        round == DType::f32) {  // one rounding at most
       for (; c + kLanes <= cols; c += kLanes) store(out + c, load(in + c));
     }
     for (; c + kLanes <= cols; c += kLanes)
@@ -165,7 +167,8 @@ void finish(const void* acc, DType acc_dtype, int64_t ld_acc, const void* bias, 
   // In strips, so that the converted bias fits on the stack.
   constexpr int64_t kStrip = 1024;
   float strip[kStrip];
-  const int64_t acc_size = acc_dtype == DType::f32 ? 4 : 2, out_size = out_dtype == DType::f32 ? 4 : 2;
+  const int64_t acc_size = acc_dtype == DType::f32 ? 4 : 2,
+                out_size = out_dtype == DType::f32 ? 4 : 2;
   const int64_t bias_size = bias_dtype == DType::f32 ? 4 : 2;
   for (int64_t c = 0; c < cols; c += kStrip) {
     const int64_t width = cols - c < kStrip ? cols - c : kStrip;

@@ -32,7 +32,8 @@ std::vector<const Kernels*> available() {
 #ifdef QLK_EMULATE_AVX512  // the AVX-512 files in software, on any machine with AVX2
   const bool avx512_here = true, bf16_here = true;
 #else
-  const bool avx512_here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx512_here = __builtin_cpu_supports("avx512f") &&
+                           __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool bf16_here = avx512_here && __builtin_cpu_supports("avx512bf16");
 #endif
@@ -56,8 +57,8 @@ const Kernels* find(const std::string& name) {
     if (name == set->name) return set;
     known += (known.empty() ? "" : ", ") + std::string(set->name);
   }
-  throw std::runtime_error("QLORA_KERNELS_ISA is '" + name + "'; this machine and build have: " +
-                           known);
+  throw std::runtime_error("QLORA_KERNELS_ISA is '" + name +
+                           "'; this machine and build have: " + known);
 }
 
 const Kernels*& current() {

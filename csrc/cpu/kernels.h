@@ -23,20 +23,20 @@ struct Weight {
 // S B^T with S already scaled, B in its own dtype.
 struct LinearArgs {
   Weight w;
-  int64_t n, k;       // weight [n, k]
-  int64_t m;          // rows of x
-  const void* x;      // [m, ldx]
+  int64_t n, k;   // weight [n, k]
+  int64_t m;      // rows of x
+  const void* x;  // [m, ldx]
   int64_t ldx;
-  const float* s;     // decode: [m, rank] scaled S, or null; tile: not null when x's rows end in
-  int64_t lds;        // lds more elements, S padded with zeros
-  const void* b;      // [n, rank]
+  const float* s;  // decode: [m, rank] scaled S, or null; tile: not null when x's rows end in
+  int64_t lds;     // lds more elements, S padded with zeros
+  const void* b;   // [n, rank]
   DType b_dtype;
-  DType b_round;      // what B is rounded to before it is used
+  DType b_round;  // what B is rounded to before it is used
   int64_t rank;
-  const void* bias;   // [n] or null
+  const void* bias;  // [n] or null
   DType bias_dtype;
   DType bias_round;
-  void* y;            // [m, n]
+  void* y;  // [m, n]
   DType y_dtype;
 };
 
@@ -56,7 +56,8 @@ struct Kernels {
   void (*dequantize)(const Weight& w, int64_t begin, int64_t end, DType dtype, void* out,
                      bool stream);
   // Rows [begin, end), columns [col, col + cols) of a weight with rows of row_length values, to
-  // elements (fp32 or bf16) at out + (row - begin) * ld; fp32 elements are rounded to `round` first.
+  // elements (fp32 or bf16) at out + (row - begin) * ld; fp32 elements are rounded to `round`
+  // first.
   void (*decode_panel)(const Weight& w, int64_t row_length, int64_t col, int64_t begin, int64_t end,
                        int64_t cols, DType round, void* out, DType element, int64_t ld);
   // [rows, cols] from one dtype to another, rounded to `round` on the way; padded with zeros to

@@ -1,6 +1,7 @@
 // y = x W^T + bias + S B^T for few rows of x, straight from the packed weight.
 //
-// decode  (1 ... 4 rows): a row of W is streamed once from memory, 64 codes at a time, looked up and
+// decode  (1 ... 4 rows): a row of W is streamed once from memory, 64 codes at a time, looked up
+// and
 //         multiplied with x, which was put in the order that the lookup produces, so that nothing
 //         is ever interleaved. Codes are summed unscaled, a block's sum is scaled by its absmax:
 //         one multiplication for 64 weights. Bound by DRAM (4.127 bits a weight) with AVX-512, by
@@ -14,7 +15,8 @@
 //         and rounded. Against float64, with u = 2^-24:
 //         |error| <= (K/lanes + 12) u sum|x w| (+ 2^-8 sum|x w| for bf16).
 //
-// tile    (5 ... 64 rows, and fewer where groups of 64 do not fit the rows): 16 rows of W at a time are decoded in strips of 256 columns into L1,
+// tile    (5 ... 64 rows, and fewer where groups of 64 do not fit the rows): 16 rows of W at a time
+// are decoded in strips of 256 columns into L1,
 //         scaled and in order, and multiplied with all rows of x by a register tile of 4 x 3 (AVX2)
 //         or 4 x 6 (AVX-512) dot products. A weight is decoded once whatever the number of rows.
 //         Variant (b): fp32 code x fp32 scale; bf16 rounds that product once, variant (a).
@@ -33,7 +35,8 @@ QLK_INLINE int64_t size_of(DType d) { return d == DType::f32 ? 4 : 2; }
 
 QLK_INLINE float load1(const void* p, DType dtype, DType round, int64_t i) {
   float v;
-  convert((const char*)p + i * size_of(dtype), dtype, 0, round, &v, DType::f32, 0, 1, 1, false, 1.0f);
+  convert((const char*)p + i * size_of(dtype), dtype, 0, round, &v, DType::f32, 0, 1, 1, false,
+          1.0f);
   return v;
 }
 
@@ -84,8 +87,9 @@ struct PairsF32 {
   Codebook book;
   static PairsF32 make(const float* b) { return {Codebook::make(b)}; }
   template <int M>
-  inline __attribute__((always_inline)) void add64(const uint8_t* bytes, float scale, const float* x, int64_t ldx,
-                               Floats total[M]) const {
+  inline __attribute__((always_inline)) void add64(const uint8_t* bytes, float scale,
+                                                   const float* x, int64_t ldx,
+                                                   Floats total[M]) const {
     Floats v[kPairVectors];
     lookup64(book, bytes, v);
     const Floats factor = splat(scale);
@@ -106,12 +110,13 @@ struct PairsBf16 {
   Codebook16 codes;
   static PairsBf16 make(const float* b) { return {Codebook::make(b), Codebook16::make(b)}; }
   template <int M>
-  inline __attribute__((always_inline)) void add64(const uint8_t* bytes, float scale, const bf16* x, int64_t ldx,
-                               Floats total[M]) const {
+  inline __attribute__((always_inline)) void add64(const uint8_t* bytes, float scale, const bf16* x,
+                                                   int64_t ldx, Floats total[M]) const {
     Bf16s v[2];
     if (M == 1) {  // unscaled codes: one product for the block
       lookup64(codes, bytes, v);
-      const Floats dot = dot_pairs(v[1], load_pairs(x + 32), dot_pairs(v[0], load_pairs(x), zero()));
+      const Floats dot =
+          dot_pairs(v[1], load_pairs(x + 32), dot_pairs(v[0], load_pairs(x), zero()));
       total[0] = fma(splat(scale), dot, total[0]);
       return;
     }
@@ -178,7 +183,9 @@ static void decode_any(const LinearArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-void decode(const LinearArgs& a, int64_t begin, int64_t end) { decode_any<PairsF32>(a, begin, end); }
+void decode(const LinearArgs& a, int64_t begin, int64_t end) {
+  decode_any<PairsF32>(a, begin, end);
+}
 
 // --- tile: a few rows ---------------------------------------------------------------------------
 
@@ -211,8 +218,8 @@ struct DotBf16 {
 
 // acc[m][r] += x[m] . w[r] for 4 rows of w and M rows of x.
 template <typename Dot, int M>
-QLK_INLINE void dot_tile(const typename Dot::Element* w, const typename Dot::Element* x, int64_t ldx,
-                         int64_t width, Floats* acc) {
+QLK_INLINE void dot_tile(const typename Dot::Element* w, const typename Dot::Element* x,
+                         int64_t ldx, int64_t width, Floats* acc) {
   Floats sum[M][4];
   for (int m = 0; m < M; ++m)
     for (int r = 0; r < 4; ++r) sum[m][r] = acc[m * 4 + r];

@@ -3,8 +3,8 @@
 //
 // Every kernel file is compiled once for each instruction set with -DQLK_ISA=<name>, all of it in
 // the namespace qlk::<name>, and dispatch.cpp picks a set at run time. Nothing here may come from
-// the C++ standard library: an inline function of it compiled for AVX-512 could be the copy that the
-// linker keeps for everybody.
+// the C++ standard library: an inline function of it compiled for AVX-512 could be the copy that
+// the linker keeps for everybody.
 //
 //   portable     GCC/Clang vectors of 8 floats (SSE2, NEON, ...), table lookups by scalar loads
 //   avx2         8 floats; a lookup is four byte shuffles, one for each byte of the fp32 values
@@ -103,7 +103,8 @@ QLK_INLINE Floats load(const fp16* p) {
 }
 QLK_INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 QLK_INLINE void store(fp16* p, Floats v) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256((__m256i*)p,
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 // By integer arithmetic: vcvtneps2bf16 would flush denormals to zero.
 QLK_INLINE void store(bf16* p, Floats v) {
@@ -133,7 +134,8 @@ QLK_INLINE float sum(Floats v) {  // a halving tree, as everywhere
 typedef __m512i Bits;  // |v| as integers order like the values, and NaN comes last
 QLK_INLINE Bits no_bits() { return _mm512_setzero_si512(); }
 QLK_INLINE Bits max_magnitude(Bits m, Floats v) {
-  return _mm512_max_epi32(m, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
+  return _mm512_max_epi32(m,
+                          _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
 }
 QLK_INLINE Bits max_bits(Bits a, Bits b) { return _mm512_max_epi32(a, b); }
 QLK_INLINE float max_lane(Bits m) {
@@ -251,7 +253,9 @@ QLK_INLINE Floats load(const bf16* p) {
   return _mm256_castsi256_ps(
       _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
-QLK_INLINE Floats load(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+QLK_INLINE Floats load(const fp16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
 QLK_INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 QLK_INLINE void store(fp16* p, Floats v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -263,7 +267,8 @@ QLK_INLINE void store(bf16* p, Floats v) {
   r = _mm256_srli_epi32(r, 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
   r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
-  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+  const __m128i packed =
+      _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
   _mm_storeu_si128((__m128i*)p, packed);
 }
 QLK_INLINE Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
@@ -283,7 +288,8 @@ QLK_INLINE float sum(Floats v) {
 typedef __m256i Bits;  // |v| as integers order like the values, and NaN comes last
 QLK_INLINE Bits no_bits() { return _mm256_setzero_si256(); }
 QLK_INLINE Bits max_magnitude(Bits m, Floats v) {
-  return _mm256_max_epi32(m, _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)));
+  return _mm256_max_epi32(m,
+                          _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)));
 }
 QLK_INLINE Bits max_bits(Bits a, Bits b) { return _mm256_max_epi32(a, b); }
 QLK_INLINE float max_lane(Bits m) {
@@ -415,8 +421,8 @@ QLK_INLINE Ranks rank(const Ranker& r, Floats v) {
   // "not below or equal", so that NaN goes up everywhere; a true comparison is -1
   __m256i i = _mm256_sub_epi32(
       _mm256_setzero_si256(),
-      _mm256_castps_si256(_mm256_cmp_ps(v, _mm256_broadcastss_ps(_mm256_castps256_ps128(r.level[0])),
-                                        _CMP_NLE_UQ)));
+      _mm256_castps_si256(_mm256_cmp_ps(
+          v, _mm256_broadcastss_ps(_mm256_castps256_ps128(r.level[0])), _CMP_NLE_UQ)));
   for (int l = 1; l < 4; ++l) {
     const __m256 t = _mm256_permutevar8x32_ps(r.level[l], i);
     const __m256i up = _mm256_castps_si256(_mm256_cmp_ps(v, t, _CMP_NLE_UQ));

@@ -7,7 +7,8 @@ namespace QLK_ISA {
 
 void quantize(const void*, DType, int64_t, const float*, const uint8_t*, int, int64_t, int64_t,
               uint8_t*, float*);
-void quantize_absmax(const float*, int64_t, float, const float*, int64_t, int64_t, uint8_t*, float*);
+void quantize_absmax(const float*, int64_t, float, const float*, int64_t, int64_t, uint8_t*,
+                     float*);
 void dequantize(const Weight&, int64_t, int64_t, DType, void*, bool);
 void decode_panel(const Weight&, int64_t, int64_t, int64_t, int64_t, int64_t, DType, void*, DType,
                   int64_t);

@@ -104,17 +104,22 @@ inline u32 lop3(u32 a, u32 b, u32 c, u32 t) {
     r |= (t >> k) & 1 ? (k & 4 ? a : ~a) & (k & 2 ? b : ~b) & (k & 1 ? c : ~c) : 0;
   return r;
 }
-template <int T>
-int op_lop3_fixed(Ctx& c, const Inst& i) {
-  const u32 *a = reg<u32>(c, i.o[1]), *b = reg<u32>(c, i.o[2]), *e = reg<u32>(c, i.o[3]);
-  return map_lanes<u32>(c, i.o[0], [=](int l) { return lop3(a[l], b[l], e[l], T); });
+// All lanes at once: the table's eight bits spread to words, then chosen by c, b and a in turn.
+inline int op_lop3(Ctx& c, const Inst& i) {
+  const u32 *x = reg<u32>(c, i.o[1]), *y = reg<u32>(c, i.o[2]), *z = reg<u32>(c, i.o[3]);
+  u32 low[4], flip[4];
+  for (int k = 0; k < 4; k++) {
+    low[k] = (i.imm >> (2 * k)) & 1 ? kFull : 0;
+    flip[k] = low[k] ^ ((i.imm >> (2 * k + 1)) & 1 ? kFull : 0);
+  }
+  const u32 p0 = low[0], p1 = low[1], p2 = low[2], p3 = low[3];
+  const u32 q0 = flip[0], q1 = flip[1], q2 = flip[2], q3 = flip[3];
+  return map_lanes<u32>(c, i.o[0], [=](int l) {
+    u32 c0 = p0 ^ (z[l] & q0), c1 = p1 ^ (z[l] & q1), c2 = p2 ^ (z[l] & q2), c3 = p3 ^ (z[l] & q3);
+    u32 b0 = c0 ^ (y[l] & (c0 ^ c1)), b1 = c2 ^ (y[l] & (c2 ^ c3));
+    return b0 ^ (x[l] & (b0 ^ b1));
+  });
 }
-template <size_t... T>
-constexpr auto lop3_table(std::index_sequence<T...>) {
-  return std::array<Fn, 256>{op_lop3_fixed<int(T)>...};
-}
-constexpr auto kLop3 = lop3_table(std::make_index_sequence<256>());
-inline int op_lop3(Ctx& c, const Inst& i) { return kLop3[size_t(i.imm) & 255](c, i); }
 // lop3.BoolOp: the result's truth combined with a predicate
 inline int op_lop3_bool(Ctx& c, const Inst& i) {
   const u32 *a = reg<u32>(c, i.o[1]), *b = reg<u32>(c, i.o[2]), *e = reg<u32>(c, i.o[3]);
