@@ -98,7 +98,7 @@ def find_model(args: argparse.Namespace) -> Path:
         return args.model
     from qlora_kernels import demo
 
-    return Path(demo.prepare_model())
+    return demo.converted_model(None)
 
 
 # --- a contender's process ----------------------------------------------------------------------
@@ -110,7 +110,8 @@ def turns(args: argparse.Namespace) -> Any:
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            os.read(args.turn, 1)
+            if not os.read(args.turn, 1):  # the other end is gone
+                raise SystemExit(1)
             self.wall, self.cpu = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -303,8 +304,7 @@ class Process:
         return figures
 
     def close(self) -> None:
-        if self._process.poll() is None and self._process.wait(60) != 0:
-            pass
+        self._process.wait(60)
         os.close(self._turn)
         self._done.close()
         self._log.close()

@@ -372,7 +372,7 @@ def matmul_peak(dtype: Any, args: argparse.Namespace, n: int | None = None) -> f
     torch = _torch()
     n = n or (128 if args.quick else 1536)
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    out = torch.empty_like(a)
+    out, b = torch.empty_like(a), b.T  # as a linear layer has its weight
     return (
         2
         * n**3
