@@ -36,7 +36,16 @@ using torch::stable::Tensor;
 namespace qlk {
 namespace {
 
-constexpr int64_t kPanelBytes = int64_t{2} << 20;
+constexpr int64_t kPanelBytes = int64_t{8} << 20;
+
+// Rows (or columns) of a panel whose lines are `line` bytes: what fits kPanelBytes, and with many
+// rows of x as many as those, since torch's matmul wants both sides long; a multiple of `step`.
+int64_t panel_lines(int64_t line, int64_t m, int64_t step, int64_t most) {
+  int64_t lines = kPanelBytes / line;
+  if (lines < m) lines = m;
+  lines = (lines + step - 1) / step * step;
+  return lines < most ? lines : most;
+}
 
 int64_t size_of(DType d) { return d == DType::f32 ? 4 : 2; }
 ScalarType torch_type(DType d) {
@@ -227,9 +236,7 @@ void forward_panels(const LinearProblem& p, bool bf16) {
     k.convert(s.data, s.dtype, p.rank, DType::f32, xs.at(p.k * size_of(element)), element, width,
               p.m, p.rank, false, p.scaling);
   }
-  int64_t rows = kPanelBytes / (width * size_of(element)) / 16 * 16;
-  rows = rows < 64 ? 64 : rows;
-  rows = rows > p.n ? p.n : rows;
+  const int64_t rows = panel_lines(width * size_of(element), p.m, 16, p.n);
   // fp32 results need no further rounding: the matmul writes them where they belong.
   const bool direct = p.bias.data == nullptr && p.y_dtype == element;
   Workspace panel(rows * width * size_of(element));
@@ -319,9 +326,7 @@ void linear_backward(const GradProblem& p) {
 
   // Without A (S came from outside) dS A is the caller's, and only dY W is wanted.
   const int64_t inner = p.a.data != nullptr ? width : p.n;
-  int64_t cols = kPanelBytes / (inner * size) / 64 * 64;
-  cols = cols < 64 ? 64 : cols;
-  cols = cols > p.k ? p.k : cols;
+  const int64_t cols = panel_lines(inner * size, p.m, 64, p.k);
   const bool direct = p.dx_dtype == element;
   Workspace panel(inner * cols * size), out(direct ? 0 : p.m * cols * size);
   const Tensor left = view(dy, element, p.m, inner, width, 1);

@@ -257,20 +257,21 @@ QLK_INLINE Floats load(const fp16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
 QLK_INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
-QLK_INLINE void store(fp16* p, Floats v) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+// Eight rounded values in a register; the pointer only names the type.
+QLK_INLINE __m128i round8(const fp16*, Floats v) {
+  return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-QLK_INLINE void store(bf16* p, Floats v) {
+QLK_INLINE __m128i round8(const bf16*, Floats v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   __m256i r = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   r = _mm256_srli_epi32(r, 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
   r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
-  const __m128i packed =
-      _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
-  _mm_storeu_si128((__m128i*)p, packed);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
 }
+QLK_INLINE void store(fp16* p, Floats v) { _mm_storeu_si128((__m128i*)p, round8(p, v)); }
+QLK_INLINE void store(bf16* p, Floats v) { _mm_storeu_si128((__m128i*)p, round8(p, v)); }
 QLK_INLINE Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 QLK_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 QLK_INLINE Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
@@ -357,10 +358,10 @@ struct Table16 {
 };
 template <typename T>
 QLK_INLINE Table16 scaled_table(const Codebook& c, float scale) {
-  alignas(32) T rounded[16];
-  store(rounded, mul(c.values[0], splat(scale)));
-  store(rounded + 8, mul(c.values[1], splat(scale)));
-  const __m256i words = _mm256_load_si256((const __m256i*)rounded);
+  // In registers: two 16-byte stores read back as 32 bytes would wait for memory.
+  const T* type = nullptr;
+  const __m256i words = _mm256_set_m128i(round8(type, mul(c.values[1], splat(scale))),
+                                         round8(type, mul(c.values[0], splat(scale))));
   const __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(words, _mm256_set1_epi16(255)),
                                             _mm256_srli_epi16(words, 8));
   // quarters: low 0-7, high 0-7, low 8-15, high 8-15
