@@ -7,6 +7,7 @@ and changes nothing for models that hold no layer of this package.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -21,7 +22,7 @@ __all__ = ["install", "when_imported"]
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Runs a callback once, right after the module of one name was executed."""
 
-    def __init__(self, name: str, callback: Callable[[], None]) -> None:
+    def __init__(self, name: str, callback: Callable[[], object]) -> None:
         self.name, self.callback = name, callback
 
     def find_spec(
@@ -44,7 +45,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-def when_imported(name: str, callback: Callable[[], None]) -> None:
+def when_imported(name: str, callback: Callable[[], object]) -> None:
     """Calls ``callback()`` now if module ``name`` is loaded, else right after it will have been.
 
     The callback runs inside that import: its package may be half loaded, so it takes what it needs
@@ -65,11 +66,10 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    here = __name__
-    when_imported(
-        "peft.tuners.lora.model", lambda: importlib.import_module(f"{here}.peft").install()
-    )
-    when_imported(
-        "transformers.quantizers.auto",
-        lambda: importlib.import_module(f"{here}.transformers").install(),
-    )
+    # Each bridge installs itself at the end of its import; it may be the one that is going on.
+    for library, bridge in (
+        ("peft.tuners.lora.model", "peft"),
+        ("transformers.quantizers.auto", "transformers"),
+    ):
+        name = f"{__name__}.{bridge}"
+        when_imported(library, functools.partial(importlib.import_module, name))

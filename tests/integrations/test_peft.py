@@ -536,3 +536,17 @@ def test_a_deepcopy_is_on_its_own(model, ids) -> None:  # type: ignore[no-untype
     randomize(other)
     assert torch.equal(tuned(ids).logits, model(ids).logits)
     assert not torch.equal(other(ids).logits, tuned(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["qlora_kernels.integrations.transformers", "qlora_kernels.integrations.peft", "qlora_kernels"],
+)
+def test_any_module_may_be_imported_first(first):
+    code = (
+        f"import {first}, peft.tuners.lora.model as m, transformers.quantizers.auto as a; "
+        "import qlora_kernels.integrations.transformers as t; "
+        "assert m.dispatch_default._qlora_kernels and t.METHOD in a.AUTO_QUANTIZER_MAPPING"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
