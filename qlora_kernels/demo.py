@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output_dir", default="qlora-demo", help="what the run leaves [%(default)s]")
     add("--cache_dir", help="where the converted model is kept [~/.cache/qlora-kernels]")
     add("--steps", type=int, default=60, help="of training [%(default)s]")
-    add("--batch", type=int, default=4, help="samples a step [%(default)s]")
+    add("--batch", type=int, default=3, help="samples a step [%(default)s]")
     add("--max_length", type=int, default=128, help="tokens a sample [%(default)s]")
     add("--no-peer", action="store_true", help="do not run bitsandbytes for comparison")
     add(
@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         "overwrite": "true",
         "max_steps": arguments.steps,
         "per_device_train_batch_size": arguments.batch,
+        "gradient_accumulation_steps": 1,
         "per_device_eval_batch_size": 8,
         "max_length": arguments.max_length,
         "eval_split": 32,
