@@ -34,7 +34,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -366,6 +366,14 @@ def _run(command: Sequence[str], what: str) -> str:
 # Compiling
 
 
+def _put(path: Path, write: Callable[[Path], object]) -> None:
+    """Makes ``path`` by ``write(temporary)``: whole, whatever other threads and processes make."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
+        temporary = Path(folder) / path.name
+        write(temporary)
+        temporary.replace(path)
+
+
 def _source_file(source: str | Path, name: str, folder: Path) -> tuple[Path, str]:
     """A path that holds the source. A string with a newline or a brace in it is source text; it is
     written below the cache under its own hash, so that debug information names a file that
@@ -379,9 +387,7 @@ def _source_file(source: str | Path, name: str, folder: Path) -> tuple[Path, str
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     if not path.is_file() or path.read_text() != source:
-        temporary = folder / f".{name}.{os.getpid()}"
-        temporary.write_text(source)
-        temporary.replace(path)
+        _put(path, lambda temporary: temporary.write_text(source))
     return path, source
 
 
@@ -513,10 +519,7 @@ def _cudart_link_folder() -> list[str]:
             links.mkdir(parents=True, exist_ok=True)
             link = links / "libcudart.so"
             if not link.exists():
-                temporary = links / f".libcudart.{os.getpid()}"
-                temporary.unlink(missing_ok=True)
-                temporary.symlink_to(real[-1])
-                temporary.replace(link)
+                _put(link, lambda temporary: temporary.symlink_to(real[-1]))
             return [f"-L{links}"]
     return []
 
