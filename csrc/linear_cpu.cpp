@@ -81,6 +81,10 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& out) {
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned handle, which is out's
 }
 
+// What values of dtype `from` are rounded to before use: f32, no rounding, where they are of the
+// compute dtype already.
+DType rounding(DType from, DType compute) { return from == compute ? DType::f32 : compute; }
+
 template <typename F>
 void parallel_rows(int64_t rows, int64_t work_per_row, const F& f) {
   const int64_t grain = work_per_row > 0 ? 32768 / work_per_row + 1 : 1;
@@ -95,8 +99,7 @@ const char* row_of(const Matrix& m, int64_t row, int64_t cols) {
 void convert_rows(const Matrix& in, int64_t cols, DType round, void* out, DType out_dtype,
                   int64_t ld_out, int64_t rows, float scale = 1.0f, bool pad = false) {
   const Kernels& k = kernels();
-  // A dtype that is no wider than the compute dtype needs no rounding.
-  if (in.dtype == round) round = DType::f32;
+  round = rounding(in.dtype, round);
   parallel_rows(rows, cols, [&](int64_t begin, int64_t end) {
     k.convert(row_of(in, begin, cols), in.dtype, cols, round,
               static_cast<char*>(out) + begin * ld_out * size_of(out_dtype), out_dtype, ld_out,
@@ -118,6 +121,32 @@ void decode_panel(const Weight& w, int64_t k, int64_t first, int64_t rows, int64
   });
 }
 
+// out[:, first ... first + count) = left right (+ bias), rounded to out's dtype. A result that
+// needs no rounding and no bias is written where it belongs; `scratch` holds others, [rows, count].
+struct PanelResult {
+  void* out;
+  DType dtype;
+  int64_t rows, cols;
+  Matrix bias;
+  DType compute;
+
+  bool direct(DType element) const { return bias.data == nullptr && dtype == element; }
+
+  void multiply(const Tensor& left, const Tensor& right, DType element, int64_t first,
+                int64_t count, void* scratch) const {
+    char* to = static_cast<char*>(out) + first * size_of(dtype);
+    if (direct(element)) return matmul(left, right, view(to, element, rows, count, cols, 1));
+    matmul(left, right, view(scratch, element, rows, count, count, 1));
+    const Kernels& k = kernels();
+    const void* b = bias.data != nullptr ? row_of(bias, first, 1) : nullptr;
+    parallel_rows(rows, count, [&](int64_t begin, int64_t end) {
+      k.finish(static_cast<const char*>(scratch) + begin * count * size_of(element), element, count,
+               b, bias.dtype, rounding(bias.dtype, compute), to + begin * cols * size_of(dtype),
+               dtype, cols, end - begin, count);
+    });
+  }
+};
+
 // S = x A^T for few rows, in fp32, from elements of x that are fp32 already.
 void small_s(const LinearProblem& p, const float* x, int64_t ldx, float* s) {
   Workspace a(p.rank * p.k * 4);
@@ -126,19 +155,15 @@ void small_s(const LinearProblem& p, const float* x, int64_t ldx, float* s) {
          view(s, DType::f32, p.m, p.rank, p.rank, 1));
 }
 
-void set_lora(const LinearProblem& p, LinearArgs* a) {
-  a->b = p.b.data, a->b_dtype = p.b.dtype, a->rank = p.rank;
-  a->b_round = p.b.dtype == p.compute ? DType::f32 : p.compute;
-}
-
 LinearArgs linear_args(const LinearProblem& p) {
   LinearArgs a{};
   a.w = p.w;
   a.n = p.n, a.k = p.k, a.m = p.m;
   a.bias = p.bias.data, a.bias_dtype = p.bias.dtype;
-  a.bias_round = p.bias.dtype == p.compute ? DType::f32 : p.compute;
+  a.bias_round = rounding(p.bias.dtype, p.compute);
   a.y = p.y, a.y_dtype = p.y_dtype;
-  set_lora(p, &a);
+  a.b = p.b.data, a.b_dtype = p.b.dtype, a.rank = p.rank;
+  a.b_round = rounding(p.b.dtype, p.compute);
   return a;
 }
 
@@ -148,14 +173,14 @@ void forward_decode(const LinearProblem& p, bool bf16) {
   // x in pair order, scaled S, and where S is computed here x as it is, in fp32.
   Workspace work((p.m * p.k + p.m * p.rank + (own_s ? p.m * p.k : 0)) * 4);
   float* s = reinterpret_cast<float*>(work.at(p.m * p.k * 4));
-  const DType round = p.x.dtype == p.compute ? DType::f32 : p.compute;
+  const DType round = rounding(p.x.dtype, p.compute);
   k.pair_order(p.x.data, p.x.dtype, round, p.m, p.k, work.get(), bf16);
   LinearArgs a = linear_args(p);
   a.x = work.get(), a.ldx = p.k;
   if (own_s) {
     float* plain = s + p.m * p.rank;
     k.convert(p.x.data, p.x.dtype, p.k, round, plain, DType::f32, p.k, p.m, p.k, false, 1.0f);
-    const DType a_round = p.a.dtype == p.compute ? DType::f32 : p.compute;
+    const DType a_round = rounding(p.a.dtype, p.compute);
     parallel_rows(p.rank, p.k * p.m, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r)
         for (int64_t m = 0; m < p.m; ++m) {
@@ -237,10 +262,10 @@ void forward_panels(const LinearProblem& p, bool bf16) {
               p.m, p.rank, false, p.scaling);
   }
   const int64_t rows = panel_lines(width * size_of(element), p.m, 16, p.n);
-  // fp32 results need no further rounding: the matmul writes them where they belong.
-  const bool direct = p.bias.data == nullptr && p.y_dtype == element;
+  const PanelResult y{p.y, p.y_dtype, p.m, p.n, p.bias, p.compute};
   Workspace panel(rows * width * size_of(element));
-  Workspace out(direct ? 0 : p.m * rows * size_of(element));
+  Workspace out(y.direct(element) ? 0 : p.m * rows * size_of(element));
+  const Tensor left = view(x, element, p.m, width, width, 1);
   for (int64_t n = 0; n < p.n; n += rows) {
     const int64_t count = p.n - n < rows ? p.n - n : rows;
     decode_panel(p.w, p.k, n, count, 0, p.k, p.compute, panel.get(), element, width);
@@ -248,21 +273,8 @@ void forward_panels(const LinearProblem& p, bool bf16) {
       const Matrix b{row_of(p.b, n, p.rank), p.b.dtype};
       convert_rows(b, p.rank, p.compute, panel.at(p.k * size_of(element)), element, width, count);
     }
-    const Tensor right = view(panel.get(), element, width, count, 1, width);
-    const Tensor left = view(x, element, p.m, width, width, 1);
-    if (direct) {
-      char* y = static_cast<char*>(p.y) + n * size_of(element);
-      matmul(left, right, view(y, element, p.m, count, p.n, 1));
-      continue;
-    }
-    matmul(left, right, view(out.get(), element, p.m, count, count, 1));
-    const void* bias = p.bias.data != nullptr ? row_of(p.bias, n, 1) : nullptr;
-    const DType bias_round = p.bias.dtype == p.compute ? DType::f32 : p.compute;
-    parallel_rows(p.m, count, [&](int64_t begin, int64_t end) {
-      k.finish(out.at(begin * count * size_of(element)), element, count, bias, p.bias.dtype,
-               bias_round, static_cast<char*>(p.y) + (begin * p.n + n) * size_of(p.y_dtype),
-               p.y_dtype, p.n, end - begin, count);
-    });
+    y.multiply(left, view(panel.get(), element, width, count, 1, width), element, n, count,
+               out.get());
   }
 }
 
@@ -327,28 +339,19 @@ void linear_backward(const GradProblem& p) {
   // Without A (S came from outside) dS A is the caller's, and only dY W is wanted.
   const int64_t inner = p.a.data != nullptr ? width : p.n;
   const int64_t cols = panel_lines(inner * size, p.m, 64, p.k);
-  const bool direct = p.dx_dtype == element;
-  Workspace panel(inner * cols * size), out(direct ? 0 : p.m * cols * size);
+  const PanelResult dx{p.dx, p.dx_dtype, p.m, p.k, {}, p.compute};
+  Workspace panel(inner * cols * size), out(dx.direct(element) ? 0 : p.m * cols * size);
   const Tensor left = view(dy, element, p.m, inner, width, 1);
   for (int64_t c = 0; c < p.k; c += cols) {
     const int64_t count = p.k - c < cols ? p.k - c : cols;
     decode_panel(p.w, p.k, 0, p.n, c, count, p.compute, panel.get(), element, count);
     if (inner > p.n) {
-      const DType round = p.a.dtype == p.compute ? DType::f32 : p.compute;
-      k.convert(static_cast<const char*>(p.a.data) + c * size_of(p.a.dtype), p.a.dtype, p.k, round,
-                panel.at(p.n * count * size), element, count, p.rank, count, false, 1.0f);
+      k.convert(static_cast<const char*>(p.a.data) + c * size_of(p.a.dtype), p.a.dtype, p.k,
+                rounding(p.a.dtype, p.compute), panel.at(p.n * count * size), element, count,
+                p.rank, count, false, 1.0f);
     }
-    const Tensor right = view(panel.get(), element, inner, count, count, 1);
-    if (direct) {
-      matmul(left, right, view(static_cast<char*>(p.dx) + c * size, element, p.m, count, p.k, 1));
-      continue;
-    }
-    matmul(left, right, view(out.get(), element, p.m, count, count, 1));
-    parallel_rows(p.m, count, [&](int64_t begin, int64_t end) {
-      k.finish(out.at(begin * count * size), element, count, nullptr, DType::f32, DType::f32,
-               static_cast<char*>(p.dx) + (begin * p.k + c) * size_of(p.dx_dtype), p.dx_dtype, p.k,
-               end - begin, count);
-    });
+    dx.multiply(left, view(panel.get(), element, inner, count, count, 1), element, c, count,
+                out.get());
   }
 }
 

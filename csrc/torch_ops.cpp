@@ -300,7 +300,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_4bit_backward(
   p.compute = dtype_of(compute_dtype, "compute_dtype");
   p.scaling = static_cast<float>(scaling);
 
-  Tensor dx = new_tensor({0}, dy.scalar_type()), da = dx, db = dx, ds = dx;
+  // Results may not share storage with each other, empty ones included.
+  const auto none = [&] { return new_tensor({0}, dy.scalar_type()); };
+  Tensor dx = none(), da = none(), db = none(), ds = none();
   std::optional<Tensor> x, a, b, s;
   if (lora_b_in) {
     b = torch::stable::contiguous(*lora_b_in);
@@ -340,10 +342,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_4bit_backward(
     p.dx = dx.mutable_data_ptr();
     p.dx_dtype = dtype_of(dx_dtype, "dx_dtype");
   }
-  // Results may not share storage with each other.
-  if (!need_da) da = new_tensor({0}, dy.scalar_type());
-  if (!need_db) db = new_tensor({0}, dy.scalar_type());
-  if (!lora_b_in) ds = new_tensor({0}, dy.scalar_type());
   linear_backward(p);
   return {dx, da, db, ds};
 }

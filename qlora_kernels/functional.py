@@ -18,8 +18,9 @@ from .formats import Format, FormatError, get_format
 
 _DTYPES = {str(d).removeprefix("torch."): d for d in ops.FLOATS}
 # The key of a state's JSON: bitsandbytes' for what bitsandbytes reads, else one of our own.
-_PEER_STATE, _OWN_STATE = "quant_state.bitsandbytes__", "quant_state.qlora_kernels__"
-_PEER_TYPES, _PEER_BLOCKSIZES = ("nf4", "fp4"), formats.BLOCKSIZES[1:]
+PEER_STATE, OWN_STATE = "quant_state.bitsandbytes__", "quant_state.qlora_kernels__"
+PEER_FORMATS, PEER_BLOCKSIZES = (formats.NF4, formats.FP4), formats.BLOCKSIZES[1:]
+_PEER_TYPES = tuple(fmt.name for fmt in PEER_FORMATS)
 
 
 @dataclass
@@ -101,8 +102,8 @@ class QuantState:
         tensors = {k: v for k, v in d.items() if isinstance(v, Tensor)}
         rest = {k: v for k, v in d.items() if not isinstance(v, Tensor)}
         text = json.dumps(rest).encode()
-        peers = self.quant_type in _PEER_TYPES and self.blocksize in _PEER_BLOCKSIZES
-        prefix = _PEER_STATE if peers else _OWN_STATE
+        peers = self.quant_type in _PEER_TYPES and self.blocksize in PEER_BLOCKSIZES
+        prefix = PEER_STATE if peers else OWN_STATE
         tensors[prefix + str(self.quant_type)] = torch.tensor(list(text), dtype=torch.uint8)
         return tensors
 
@@ -116,9 +117,9 @@ class QuantState:
         """
         d = {}
         for key, value in qs_dict.items():
-            marker = max(key.find(_PEER_STATE), key.find(_OWN_STATE))
+            marker = max(key.find(PEER_STATE), key.find(OWN_STATE))
             d[key[marker:] if marker >= 0 else key.rsplit(".", 1)[-1]] = value
-        packed = [k for k in d if k.startswith((_PEER_STATE, _OWN_STATE))]
+        packed = [k for k in d if k.startswith((PEER_STATE, OWN_STATE))]
         if packed:
             if len(packed) > 1:
                 raise ValueError(f"two quantization states in one weight: {', '.join(packed)}")
@@ -276,8 +277,7 @@ def dequantize_4bit(
     args = (_bytes(A), *quant_state.weight_args())
     if out is None:
         dtype = dtype or quant_state.dtype or torch.float32
-        if dtype not in ops.FLOATS:
-            raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        ops.check_dtype("dtype", dtype)
         if not torch.compiler.is_compiling():
             ops.check_weight(args, shape.numel())
         return torch.ops.qlora_kernels.dequantize_4bit(*args, list(shape), dtype)

@@ -37,14 +37,13 @@ from torch import Tensor, nn
 
 from . import functional as F4
 from .formats import (
-    FP4,
     NESTED_BLOCKSIZE,
-    NF4,
     Format,
     blocks,
     check_blocksize,
     get_format,
 )
+from .ops import FLOATS
 
 __all__ = [
     "CheckpointError",
@@ -61,9 +60,7 @@ __all__ = [
     "replace_linear_layers",
 ]
 
-COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_linear_op = torch.ops.qlora_kernels.linear_4bit.default
+COMPUTE_DTYPES = FLOATS
 
 _BUFFERS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
 
@@ -74,11 +71,8 @@ class CheckpointError(ValueError):
 
 # --- the checkpoint form ------------------------------------------------------------------------
 
-# What bitsandbytes reads. Everything else takes the same entries under a key of our own, so that
-# neither package mistakes one for the other.
-_PEER_FORMATS = (NF4, FP4)
-_PEER_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_PEER_PREFIX, _OWN_PREFIX = "quant_state.bitsandbytes__", "quant_state.qlora_kernels__"
+# What bitsandbytes does not read takes the same entries under a key of our own (F4.OWN_STATE), so
+# that neither package mistakes one for the other.
 _TENSOR_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -116,9 +110,9 @@ def checkpoint_entries(state: F4.QuantState, fmt: Format) -> dict[str, Tensor]:
         info["nested_blocksize"] = state2.blocksize
         info["nested_dtype"] = "float32"
         info["nested_offset"] = offset.item()
-    prefix = _PEER_PREFIX
-    if fmt not in _PEER_FORMATS or state.blocksize not in _PEER_BLOCKSIZES:
-        prefix = _OWN_PREFIX
+    prefix = F4.PEER_STATE
+    if fmt not in F4.PEER_FORMATS or state.blocksize not in F4.PEER_BLOCKSIZES:
+        prefix = F4.OWN_STATE
         if fmt.thresholds is not None or fmt.ties is not None:
             info["thresholds"] = fmt.tables[1].tolist()
     text = json.dumps(info).encode()
@@ -148,7 +142,7 @@ def read_checkpoint_entries(
     def fail(message: str) -> CheckpointError:
         return CheckpointError(f"{where}: {message}")
 
-    keys = [k for k in entries if k.startswith((_PEER_PREFIX, _OWN_PREFIX))]
+    keys = [k for k in entries if k.startswith((F4.PEER_STATE, F4.OWN_STATE))]
     if len(keys) != 1:
         found = ", ".join(keys) if keys else "none"
         raise fail(f"needs exactly one entry 'weight.quant_state.<kind>__<format>', found {found}")
@@ -250,7 +244,7 @@ def _read_format(name: str, key: str, quant_map: Tensor, thresholds: Any, fail: 
     try:
         fmt = get_format(name)
     except ValueError:
-        if key.startswith(_PEER_PREFIX):
+        if key.startswith(F4.PEER_STATE):
             raise fail(f"bitsandbytes has no 4-bit format {name!r}") from None
         try:
             return Format(name, book.tolist(), thresholds)
@@ -714,8 +708,7 @@ class Linear4bit(nn.Linear):
             weight, bias = self._parameters["weight"], self._parameters["bias"]
         except KeyError:  # a replica of nn.DataParallel has plain attributes
             weight, bias = self.weight, self.bias
-        args = (
-            x,
+        packed = (
             weight,
             b["absmax"],
             b["quant_map"],
@@ -723,20 +716,10 @@ class Linear4bit(nn.Linear):
             b["nested_absmax"],
             b["nested_quant_map"],
             b["nested_offset"],
-            self.out_features,
-            bias,
-            lora_a,
-            lora_b,
-            lora_s,
-            scaling,
-            self.compute_dtype or x.dtype,
         )
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return _linear_op(*args)[0]
-        # An op whose autograd is Python goes through it even where no gradient is wanted, and that
-        # costs as much again as calling the op: below it, a small layer's call takes half the time.
-        with torch._C._AutoDispatchBelowAutograd():
-            return _linear_op(*args)[0]
+        lora = (lora_a, lora_b, lora_s)
+        dtype = self.compute_dtype or x.dtype
+        return F4.run_linear(x, packed, self.out_features, bias, lora, scaling, dtype)  # type: ignore[arg-type]
 
 
 # --- LoRA ---------------------------------------------------------------------------------------

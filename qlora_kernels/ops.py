@@ -61,9 +61,13 @@ WeightArgs = tuple[
 # --- argument checks: before any work, in words -------------------------------------------------
 
 
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {dtype}")
+
+
 def check_float(name: str, t: Tensor) -> None:
-    if t.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {t.dtype}")
+    check_dtype(name, t.dtype)
 
 
 def check_weight(weight: WeightArgs, count: int) -> None:
@@ -116,8 +120,7 @@ def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
 
 def _check_linear(x: Tensor, n: int, bias, lora_a, lora_b, lora_s, compute_dtype) -> None:
     check_float("x", x)
-    if compute_dtype not in FLOATS:
-        raise TypeError(f"compute_dtype must be float32, bfloat16 or float16, got {compute_dtype}")
+    check_dtype("compute_dtype", compute_dtype)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of in_features, got {tuple(x.shape)}")
     _check_devices(x, bias=bias, lora_a=lora_a, lora_b=lora_b, lora_s=lora_s)
@@ -176,8 +179,9 @@ def check_linear(
 def _scales(absmax, nested_absmax, nested_code, nested_offset) -> Tensor:
     if absmax.dtype == torch.float32:
         return absmax
-    group = torch.arange(absmax.numel(), device=absmax.device) // NESTED_BLOCKSIZE
-    return nested_code[absmax.long()] * nested_absmax[group] + nested_offset.reshape(())
+    return reference.dequantize_absmax(
+        absmax, nested_absmax, nested_offset.reshape(()), nested_code
+    )
 
 
 def _plain_dequantize(
@@ -186,8 +190,7 @@ def _plain_dequantize(
     count = torch.Size(shape).numel()
     weight = (packed, absmax, codebook, blocksize, nested_absmax, nested_code, nested_offset)
     check_weight(weight, count)
-    if dtype not in FLOATS:
-        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    check_dtype("dtype", dtype)
     _notice(packed)
     packed = packed.reshape(-1)
     q = torch.stack([packed >> 4, packed & 15], 1).view(-1)
@@ -223,20 +226,8 @@ def _plain_quantize(a, thresholds, codes, blocksize) -> tuple[Tensor, Tensor]:
     if a.numel() == 0:
         raise ValueError(f"A is empty (shape {list(a.shape)}): nothing to quantize")
     _notice(a)
-    w = a.detach().reshape(-1).float()
-    n, full = w.numel(), w.numel() // blocksize * blocksize
-    head = w[:full].view(-1, blocksize)
-    absmax = head.abs().amax(1) if full else w.new_empty(0)
-    reciprocal = 1.0 / absmax.clamp(min=reference.MIN_ABSMAX)
-    normalized = (head * reciprocal[:, None]).clamp(-1, 1).reshape(-1)
-    if full < n:
-        last = w[full:].abs().max().clamp(min=reference.MIN_ABSMAX)
-        absmax = torch.cat([absmax, last[None]])
-        normalized = torch.cat([normalized, (w[full:] / last).clamp(-1, 1)])
-    if n % 2:
-        normalized = torch.cat([normalized, normalized.new_zeros(1)])
-    code = codes[torch.bucketize(normalized, thresholds)]
-    return (code[0::2] << 4) | code[1::2], absmax
+    normalized, absmax = reference.normalize(a, blocksize)
+    return reference.pack(codes[torch.bucketize(normalized, thresholds)]), absmax
 
 
 def _plain_quantize_absmax(absmax, thresholds, offset) -> tuple[Tensor, Tensor, Tensor]:

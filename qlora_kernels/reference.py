@@ -41,7 +41,24 @@ def quantize(
         fp32 ``[ceil(n / blocksize)]``.
     """
     _, thresholds, codes = get_format(fmt).tensors()
-    w = w.detach().cpu().reshape(-1).float()
+    normalized, absmax = normalize(w.cpu(), blocksize)
+    # rank = number of thresholds below the value; NaN, which is below nothing, gets all 15.
+    rank = (~(normalized[:, None] <= thresholds)).sum(1)
+    return pack(codes[rank]), absmax
+
+
+def pack(code: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[n / 2]`` from uint8 codes ``[n]``: the earlier one in the high nibble."""
+    return (code[0::2] << 4) | code[1::2]
+
+
+def normalize(w: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``w`` over its block's absmax, clamped to [-1, 1], and the absmax; on ``w``'s device.
+
+    Returns:
+        fp32 ``[n]``, with a zero appended where n is odd, and fp32 ``[ceil(n / blocksize)]``.
+    """
+    w = w.detach().reshape(-1).float()
     n, full = w.numel(), w.numel() // blocksize * blocksize
 
     head = w[:full].view(-1, blocksize)
@@ -54,11 +71,7 @@ def quantize(
         normalized = torch.cat([normalized, (w[full:] / last).clamp(-1, 1)])
     if n % 2:
         normalized = torch.cat([normalized, normalized.new_zeros(1)])
-
-    # rank = number of thresholds below the value; NaN, which is below nothing, gets all 15.
-    rank = (~(normalized[:, None] <= thresholds)).sum(1)
-    code = codes[rank]
-    return (code[0::2] << 4) | code[1::2], absmax
+    return normalized, absmax
 
 
 def mean_in_order(absmax: torch.Tensor) -> torch.Tensor:
@@ -115,7 +128,7 @@ def dequantize_absmax(
 ) -> torch.Tensor:
     """fp32 scales ``float32(code[a] * nested_absmax) + offset``: two roundings, never an fma."""
     code = nested_code() if code is None else code
-    group = torch.arange(codes.numel()) // NESTED_BLOCKSIZE
+    group = torch.arange(codes.numel(), device=codes.device) // NESTED_BLOCKSIZE
     return code[codes.long()] * nested_absmax[group] + offset
 
 

@@ -8,6 +8,7 @@
 //
 // Exact: one fp32 product, rounded once to nearest even, denormals kept.
 #include "decode_run.h"
+#include "functions.h"
 
 namespace qlk {
 namespace QLK_ISA {
@@ -36,9 +37,6 @@ void dequantize(const Weight& w, int64_t begin, int64_t end, DType dtype, void* 
       return dequantize_typed(w, begin, end, (fp16*)out, stream);
   }
 }
-
-void convert(const void*, DType, int64_t, DType, void*, DType, int64_t, int64_t, int64_t, bool,
-             float);
 
 void decode_panel(const Weight& w, int64_t row_length, int64_t col, int64_t begin, int64_t end,
                   int64_t cols, DType round, void* out, DType element, int64_t ld) {

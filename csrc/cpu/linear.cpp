@@ -24,12 +24,10 @@
 //
 // LoRA and bias go into the same accumulators: S B^T is one more strip of columns.
 #include "decode_run.h"
+#include "functions.h"
 
 namespace qlk {
 namespace QLK_ISA {
-
-void convert(const void* in, DType in_dtype, int64_t ld_in, DType round, void* out, DType out_dtype,
-             int64_t ld_out, int64_t rows, int64_t cols, bool pad, float scale);
 
 QLK_INLINE int64_t size_of(DType d) { return d == DType::f32 ? 4 : 2; }
 

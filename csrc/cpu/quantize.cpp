@@ -7,8 +7,7 @@
 // them only with AVX-512.
 //
 // Exact: every step rounds as reference.quantize does, so the bytes agree bit for bit.
-#include "kernels.h"
-#include "simd.h"
+#include "functions.h"
 
 namespace qlk {
 namespace QLK_ISA {

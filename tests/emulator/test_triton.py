@@ -192,21 +192,23 @@ def test_flash_attention(target: int) -> None:
     torch.testing.assert_close(out.double(), want, rtol=2e-3, atol=2e-3)
 
 
+MATMUL_TYPES = {
+    "a": "*bf16",
+    "b": "*bf16",
+    "c": "*fp32",
+    "M": "i32",
+    "N": "i32",
+    "K": "i32",
+    "sa": "i32",
+    "sb": "i32",
+    "sc": "i32",
+}
+
+
 def test_many_orders_of_a_matmul() -> None:
-    types = {
-        "a": "*bf16",
-        "b": "*bf16",
-        "c": "*fp32",
-        "M": "i32",
-        "N": "i32",
-        "K": "i32",
-        "sa": "i32",
-        "sb": "i32",
-        "sc": "i32",
-    }
     module = Module.from_triton(
         matmul,
-        types,
+        MATMUL_TYPES,
         {"BM": 64, "BN": 64, "BK": 32},
         80,
         num_stages=3,
@@ -224,20 +226,9 @@ def test_many_orders_of_a_matmul() -> None:
 def test_what_sm_100_needs_is_named() -> None:
     from qlora_kernels.emulator import PtxError
 
-    types = {
-        "a": "*bf16",
-        "b": "*bf16",
-        "c": "*fp32",
-        "M": "i32",
-        "N": "i32",
-        "K": "i32",
-        "sa": "i32",
-        "sb": "i32",
-        "sc": "i32",
-    }
     module = Module.from_triton(
         matmul,
-        types,
+        MATMUL_TYPES,
         {"BM": 128, "BN": 64, "BK": 64},
         100,
         num_warps=4,
