@@ -509,6 +509,10 @@ def compile_object(
     return _nvcc("object", source, [*flags, "-Xcompiler", "-fPIC"], options, name)[0]
 
 
+def _symlink(target: Path, link: Path) -> None:
+    link.symlink_to(target)
+
+
 def _cudart_link_folder() -> list[str]:
     """``-L`` for a folder with a ``libcudart.so``: the wheels have only ``libcudart.so.13``."""
     root = find_tool("nvcc").resolve().parent.parent
@@ -519,7 +523,7 @@ def _cudart_link_folder() -> list[str]:
             links.mkdir(parents=True, exist_ok=True)
             link = links / "libcudart.so"
             if not link.exists():
-                _put(link, lambda temporary: temporary.symlink_to(real[-1]))
+                _put(link, functools.partial(_symlink, real[-1]))
             return [f"-L{links}"]
     return []
 
