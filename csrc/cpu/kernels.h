@@ -5,10 +5,9 @@
 #include <cstdint>
 
 #include "../block_format.h"
+#include "../dtype.h"
 
 namespace qlk {
-
-enum class DType : int { f32, bf16, f16 };
 
 // A packed weight as one run of values; see block_format.h.
 struct Weight {
