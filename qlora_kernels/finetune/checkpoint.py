@@ -110,15 +110,20 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
             aside.unlink(missing_ok=True)
 
 
+# What a system answers when a disk, a quota or a process's largest file is full.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextmanager
 def _writing(what: Path) -> Iterator[None]:
     """Errors of writing as one :class:`RunError` that says what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        full = full or any(s in str(error) for s in ("No space left", "code: 28", "code: 27"))
-        if full:
+        # safetensors writes from Rust and has the number in its words only, in one form or another.
+        words = str(error)
+        told = (f"(os error {n})" in words or f"code: {n}," in words for n in _FULL)
+        if getattr(error, "errno", None) in _FULL or any(told):
             free = shutil.disk_usage(what.parent).free / 1e6
             reason = f"the disk is full ({free:,.0f} MB free)"
         else:
