@@ -221,6 +221,14 @@ class QLoraTrainer(Trainer):
             # From the step, which a checkpoint restores, not from who calls how often.
             self._sampler.set_epoch(self.state.global_step // self._updates_per_epoch)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that was interrupted after its last checkpoint has no step left; Trainer looks only
+        # after it has taken one.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     # -- a step --
 
     def begin_step(self) -> None:
@@ -677,7 +685,8 @@ class _Run:
         self._look_at_model()
         resume, before = _open_folder(self.config, self.store, self.say)
         figures = self._figures_there()
-        if before and figures.get("finished") and resume.exact:
+        back = isinstance(_wants_resume(self.config.resume_from_checkpoint), Path)
+        if before and figures.get("finished") and resume.exact and not back:
             done = figures["steps"]
             self.say(
                 f"{self.folder} holds this run, finished after step {done}; overwrite begins "
@@ -687,6 +696,9 @@ class _Run:
         self._prepare_data()
         identity = self._identify(resume, before)
         plan = self._plan_memory()
+        figures = self._figures_kept(figures, resume, before, identity)
+        # First, so that no run that is killed now looks finished.
+        self._write_unfinished(figures)
         if not (self.folder / "identity.json").exists() or not resume.exact:
             replace_file(self.folder / "identity.json", lambda p: write_json(p, identity))
         yaml = self.config.to_yaml()
@@ -706,13 +718,32 @@ class _Run:
         self._begin_log(trainer, history)
 
         figures = self._evaluate_before(trainer, figures)
-        if resume.path is not None:
-            figures.setdefault("resumes", []).append(
-                {"step": history[-1]["step"] if history else 0, "exact": resume.exact}
-                | ({"because": resume.because} if resume.because else {})
-            )
         self._train(trainer, resume)
         return self._finish(trainer, figures, plan)
+
+    def _figures_kept(
+        self,
+        figures: Mapping[str, Any],
+        resume: _Resume,
+        before: Mapping[str, Any] | None,
+        identity: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Of the figures that are there, what the rest of this run will not measure again."""
+        kept: dict[str, Any] = {}
+        if before is None:
+            return kept
+        if "eval_loss_before" in figures and before["data"] == identity["data"]:
+            kept["eval_loss_before"] = figures["eval_loss_before"]
+        kept["resumes"] = list(figures.get("resumes", []))
+        if resume.path is not None:
+            step = int(resume.path.name.rpartition("-")[2])
+            because = {"because": resume.because} if resume.because else {}
+            kept["resumes"].append({"step": step, "exact": resume.exact} | because)
+        return kept
+
+    def _write_unfinished(self, figures: Mapping[str, Any]) -> None:
+        unfinished = {"finished": False, **figures}
+        replace_file(self.folder / "figures.json", lambda p: write_json(p, unfinished))
 
     def _figures_there(self) -> dict[str, Any]:
         file = self.folder / "figures.json"
@@ -947,8 +978,8 @@ class _Run:
     def _evaluate_before(self, trainer: QLoraTrainer, figures: dict[str, Any]) -> dict[str, Any]:
         if len(self.data.eval) and "eval_loss_before" not in figures:
             loss = trainer.evaluate()["eval_loss"]
-            figures = {**figures, "finished": False, "eval_loss_before": loss}
-            replace_file(self.folder / "figures.json", lambda p: write_json(p, figures))
+            figures = {**figures, "eval_loss_before": loss}
+            self._write_unfinished(figures)
         if "eval_loss_before" in figures:
             self.say(f"held-out loss before: {figures['eval_loss_before']:.4f}")
         return figures
@@ -1034,7 +1065,7 @@ class _Run:
             "steps": trainer.state.global_step,
             "epochs": trainer.state.epoch,
             "train_loss": _mean_of_last(history),
-            **{k: v for k, v in figures.items() if k != "finished"},
+            **figures,
             "tokens": sum(h["tokens"] for h in history),
             "trained_tokens": sum(h["trained"] for h in history),
             "seconds": sum(h["seconds"] for h in history),

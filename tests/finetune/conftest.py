@@ -86,7 +86,7 @@ def tiny_data(tmp_path_factory) -> Path:
     return path
 
 
-# --- small runs, in this process -------------------------------------------------------------------
+# --- small runs, in this process ------------------------------------------------------------------
 
 
 @dataclass
