@@ -117,8 +117,25 @@ def no_plan(monkeypatch):
     monkeypatch.setattr(trainer, "draw_curves", lambda path, *args: path.write_bytes(b"PNG"))
 
 
+@pytest.fixture(scope="session")
+def _imported():
+    """What a run imports, out of the garbage collector's sight: a run collects garbage twice, and
+    going through all of torch each time would be half of it."""
+    import gc
+
+    import peft.utils.save_and_load  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import qlora_kernels.finetune.trainer  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
-def train(tmp_path, tiny_model, tiny_data):
+def train(_imported, tmp_path, tiny_model, tiny_data):
     """``train(output="out", **settings)``: a short finetune of the tiny model; a :class:`Run`.
 
     What a run that fails has said is in ``train.text``.
