@@ -47,7 +47,6 @@ int64_t panel_lines(int64_t line, int64_t m, int64_t step, int64_t most) {
   return lines < most ? lines : most;
 }
 
-int64_t size_of(DType d) { return d == DType::f32 ? 4 : 2; }
 ScalarType torch_type(DType d) {
   return d == DType::f32    ? ScalarType::Float
          : d == DType::bf16 ? ScalarType::BFloat16

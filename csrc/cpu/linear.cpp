@@ -29,8 +29,6 @@
 namespace qlk {
 namespace QLK_ISA {
 
-QLK_INLINE int64_t size_of(DType d) { return d == DType::f32 ? 4 : 2; }
-
 QLK_INLINE float load1(const void* p, DType dtype, DType round, int64_t i) {
   float v;
   convert((const char*)p + i * size_of(dtype), dtype, 0, round, &v, DType::f32, 0, 1, 1, false,
