@@ -151,14 +151,14 @@ def _prefixes(path: str) -> list[str]:
 
 def _room(level: Path, limit_name: str, usage_name: str, cache_name: str) -> int | None:
     try:
-        limit, usage = (level / limit_name).read_text().strip(), (level / usage_name).read_text()
+        text, usage = (level / limit_name).read_text().strip(), (level / usage_name).read_text()
         stat = dict(s.split() for s in (level / "memory.stat").read_text().splitlines())
+        if text == "max" or (limit := int(text)) >= 1 << 60:
+            return None
+        # Pages of files that nobody maps are given back before anything is refused.
+        return limit - int(usage) + int(stat.get(cache_name, 0))
     except (OSError, ValueError):
         return None
-    if limit == "max" or int(limit) >= 1 << 60:
-        return None
-    # Pages of files that nobody maps are given back before anything is refused.
-    return int(limit) - int(usage) + int(stat.get(cache_name, 0))
 
 
 # --- what is held throughout --------------------------------------------------------------------

@@ -1,0 +1,276 @@
+"""The memory plan: parts counted by hand, traces that extrapolate, limits of the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qlora_kernels.finetune import plan as planning
+from qlora_kernels.finetune.errors import BadInput
+from qlora_kernels.finetune.plan import (
+    MemoryPlan,
+    StepShape,
+    available_memory,
+    peak_resident_memory,
+    plan_memory,
+    resident_memory,
+)
+from qlora_kernels.finetune.report import plan_table
+
+QUANT = {"quant_type": "nf4", "blocksize": 64, "double_quant": True}
+HIDDEN, INNER, WORDS = 64, 128, 272
+
+
+def config(layers=2, **changes) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=WORDS, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, **changes,
+    )  # fmt: skip
+
+
+def lora(**changes) -> LoraConfig:
+    return LoraConfig(**{"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM",
+                         **changes})  # fmt: skip
+
+
+def plan(shape=StepShape(2, 64), layers=2, **settings) -> MemoryPlan:  # noqa: B008
+    settings = {"quant": QUANT, "lora": lora(), "program": 0, "limit": (None, ""), **settings}
+    return plan_memory(config(layers), shape, **settings)
+
+
+# --- what stands --------------------------------------------------------------------------------
+
+
+def test_what_is_held_throughout_is_counted():
+    layers = 3
+    parts = plan(layers=layers).parts
+    matrices = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
+    values = [n * k for n, k in matrices]
+    assert parts["packed 4-bit weights"] == layers * sum(values) // 2
+    # A byte a block of 64; for each matrix 4 bytes a 256 of these, and an offset of 4.
+    constants = sum(v // 64 + 4 * -(-v // 64 // 256) + 4 for v in values)
+    assert parts["their constants"] == layers * constants
+    norms = (2 * layers + 1) * HIDDEN
+    assert parts["other weights"] == 4 * (WORDS * HIDDEN + norms)  # tied: once
+    trained = layers * 8 * sum(n + k for n, k in matrices)
+    assert parts["trained parameters"] == 4 * trained
+    # Adam: two moments and a step each; 14 matrices a layer.
+    assert parts["optimizer states"] == 8 * trained + 4 * 14 * layers
+
+
+def test_the_same_bytes_as_the_model_that_is_trained(tiny_model):
+    from qlora_kernels.integrations.transformers import load_quantized_model
+    from qlora_kernels.nn import Linear4bit
+
+    model = load_quantized_model(tiny_model, dtype=torch.bfloat16)
+    model.requires_grad_(False)
+    tuned = get_peft_model(model, lora())
+    parts = plan(dtype=torch.bfloat16).parts
+    layers = [m for m in tuned.modules() if isinstance(m, Linear4bit)]
+    assert parts["packed 4-bit weights"] == sum(m.weight.nbytes for m in layers)
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    assert parts["trained parameters"] == sum(p.nbytes for p in trained)
+    rest = {id(p): p.nbytes for p in tuned.parameters() if not p.requires_grad}
+    for m in layers:
+        rest.pop(id(m.weight))
+    assert parts["other weights"] == sum(rest.values())
+
+
+def test_dense_models_and_formats():
+    dense = plan(quant=None).parts
+    nested, flat = plan().parts, plan(quant={**QUANT, "double_quant": False}).parts
+    assert dense["packed 4-bit weights"] == dense["their constants"] == 0
+    assert dense["other weights"] == nested["other weights"] + 8 * nested["packed 4-bit weights"]
+    assert flat["their constants"] == 4 * flat["packed 4-bit weights"] * 2 // 64
+    skipped = plan(quant={**QUANT, "skip_modules": ["mlp", "lm_head"]}).parts
+    assert skipped["packed 4-bit weights"] == 2 * (64 * 64 * 2 + 32 * 64 * 2) // 2
+
+
+# --- what comes and goes ------------------------------------------------------------------------
+
+
+def test_parts_add_up_to_the_step():
+    found = plan(program=1000)
+    assert found.parts["program and libraries"] == 1000
+    assert found.phases["in a training step"] == sum(found.parts.values())
+    assert found.peak == max(found.phases.values()) and found.when in found.phases
+    assert all(size >= 0 for size in found.parts.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_depth_is_extrapolated_to_what_tracing_all_of_it_gives(checkpointing):
+    """Two traces predict a model of six layers; here all six are traced as well."""
+    shape = StepShape(2, 48)
+    found = plan(shape, layers=6, checkpointing=checkpointing)
+    model = planning._meta_model(config(6), torch.float32, QUANT, lora(), "sdpa")
+    whole = planning._trace(model, shape, checkpointing, False, (torch.optim.AdamW, {}))
+    assert found.parts["activations"] == whole.saved
+    assert found.parts["optimizer states"] == whole.states
+    predicted = found.phases["in a training step"] - sum(
+        found.parts[n] for n in ("packed 4-bit weights", "their constants", "other weights",
+                                 "trained parameters", "optimizer states")
+    ) - planning._inside_kernels(shape, HIDDEN)  # fmt: skip
+    assert predicted == pytest.approx(whole.peak, rel=0.02)
+
+
+def test_activations_grow_with_the_batch_and_shrink_by_checkpointing():
+    one, two = plan(StepShape(1, 64)), plan(StepShape(2, 64))
+    assert two.parts["activations"] == pytest.approx(2 * one.parts["activations"], rel=0.05)
+    long = plan(StepShape(1, 128)).parts["activations"]
+    assert long >= 1.9 * one.parts["activations"]
+    saving = plan(StepShape(2, 64), layers=8, checkpointing=True).parts["activations"]
+    assert saving < 0.3 * plan(StepShape(2, 64), layers=8).parts["activations"]
+
+
+def test_accumulation_holds_the_gradients_while_activations_are_there():
+    alone, accumulated = plan(), plan(accumulation=4)
+    assert accumulated.phases["in a training step"] > alone.phases["in a training step"]
+    gradients = alone.parts["trained parameters"]
+    extra = accumulated.phases["in a training step"] - alone.phases["in a training step"]
+    assert extra <= gradients * 1.01
+
+
+def test_other_optimizers_hold_less():
+    adam = plan().parts["optimizer states"]
+    assert plan(optimizer=(torch.optim.SGD, {"lr": 0.1})).parts["optimizer states"] == 0
+    assert plan(optimizer=(torch.optim.SGD, {"momentum": 0.9})).parts["optimizer states"] < adam
+
+
+def test_logits_are_not_part_of_it():
+    """The loss never holds them, and the plan knows: 100,000 words, 512 tokens, 200 MB of them."""
+    wide = LlamaConfig(**{**config().to_dict(), "vocab_size": 100_000})
+    found = plan_memory(wide, StepShape(1, 512), quant=QUANT, lora=lora(), program=0,
+                        limit=(None, ""))  # fmt: skip
+    passing = sum(found.parts[n] for n in ("activations", "temporaries", "gradients"))
+    assert passing < 100_000 * 512 * 4 / 3
+
+
+def test_a_model_that_cannot_be_traced_is_told(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no fake tensors here\nand more")
+
+    monkeypatch.setattr(planning, "_trace", broken)
+    found = plan()
+    (note,) = found.notes
+    assert "LlamaConfig" in note and "no fake tensors here)" in note and "higher" in note
+    assert found.parts["optimizer states"] == 2 * found.parts["trained parameters"]
+
+
+def test_planning_touches_no_weights_and_leaves_the_configuration():
+    before = config(4)
+    text = json.dumps(before.to_dict(), default=str)
+    plan_memory(before, StepShape(1, 16), quant=QUANT, lora=lora(), program=0, limit=(None, ""))
+    assert json.dumps(before.to_dict(), default=str) == text
+
+
+# --- what the machine has -------------------------------------------------------------------------
+
+
+def test_excess():
+    assert MemoryPlan(phases={"a": 5}, limit=3).excess == 2
+    assert MemoryPlan(phases={"a": 5}, limit=5).excess == 0
+    assert MemoryPlan(phases={"a": 5}, limit=None).excess == 0
+
+
+def test_the_table_names_the_parts_the_peak_and_what_there_is(capsys):
+    from rich.console import Console
+
+    found = MemoryPlan({"activations": 3 * 10**9}, {"x": 3 * 10**9}, 10**9, "a container")
+    Console(width=100).print(plan_table(found))
+    text = capsys.readouterr().out
+    for part in ("activations", "3.00 GB", "peak predicted", "there is", "1.00 GB", "a container"):
+        assert part in text
+
+
+def test_memory_of_this_process():
+    room, who = available_memory()
+    assert room > resident_memory() > 10**6 and who
+    assert peak_resident_memory() >= resident_memory() * 0.99
+
+
+def group(folder, limit, usage, inactive, names=("memory.max", "memory.current", "inactive_file")):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {inactive}\n")
+
+
+def test_limits_of_control_groups(tmp_path, monkeypatch):
+    group(tmp_path / "a", 1000, 300, 100)  # a limit may stand at any level
+    group(tmp_path / "a" / "b", "max", 10, 0)
+    group(tmp_path / "a" / "b" / "c", 900, 850, 0)
+    old = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    group(tmp_path / "memory" / "x", 500, 100, 50, old)
+    group(tmp_path / "memory", 1 << 62, 1, 0, old)  # how version 1 says that there is none
+    members = "0::/a/b/c\n3:cpu:/x\n4:memory:/x\n"
+    real = planning.Path.read_text
+
+    def read_text(self, *args, **kwargs):
+        if str(self) == "/proc/self/cgroup":
+            return members
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(planning.Path, "read_text", read_text)
+    assert sorted(planning._control_group_room(tmp_path)) == [50, 450, 800]
+    group(tmp_path / "a" / "b" / "c", "nonsense", 850, 0)
+    assert sorted(planning._control_group_room(tmp_path)) == [450, 800]
+
+
+def test_the_smallest_room_is_the_limit(monkeypatch):
+    monkeypatch.setattr(planning, "_control_group_room", lambda: [123, 77])
+    room, who = available_memory()
+    assert who == "the control group's limit"
+    assert room == pytest.approx(resident_memory() + 77, abs=50 << 20)
+
+
+# --- the plan and the run -------------------------------------------------------------------------
+
+
+def test_a_plan_that_exceeds_what_may_be_had_stops_the_run_and_force_goes_on(train, tmp_path):
+    with pytest.raises(BadInput) as caught:
+        train(max_memory_mb=50, max_steps=1)
+    message = str(caught.value)
+    assert "more than there is (50.0 MB, max_memory_mb)" in message
+    assert "Lower: activation_checkpointing true (" in message and "--force" in message
+    assert not (tmp_path / "out").exists()
+    run = train(max_memory_mb=50, max_steps=1, force=True)
+    assert run.figures["finished"] and "going on, as force says" in run.text
+    parts = run.figures["memory"]["predicted_parts"]
+    assert parts["trained parameters"] == sum(t.nbytes for t in run.adapter().values())
+    assert run.figures["memory"]["predicted_peak"] > 50 * 10**6
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_the_predicted_peak_is_the_measured_one(tmp_path, tiny_model, checkpointing):
+    """A model large enough for its step to show beside the program, in a process of its own.
+
+    glibc is told to give large blocks back: what is predicted is what is held, not its holes.
+    """
+    model, data, out = tmp_path / "model", tmp_path / "d.jsonl", tmp_path / "out"
+    shutil.copytree(tiny_model, model)  # for its tokenizer
+    large = LlamaConfig(**{**config(6).to_dict(), "hidden_size": 512, "intermediate_size": 1536})
+    LlamaForCausalLM(large).save_pretrained(model)
+    lines = [json.dumps({"text": f"{i} " + "many words " * 60}) for i in range(20)]
+    data.write_text("\n".join(lines))
+    command = [sys.executable, "-m", "qlora_kernels.cli", "finetune"]
+    for name, value in {
+        "model_name_or_path": model, "dataset_name": data, "output_dir": out, "max_steps": 2,
+        "per_device_train_batch_size": 8, "max_length": 512, "gradient_accumulation_steps": 1,
+        "activation_checkpointing": checkpointing, "eval_split": 2, "save_strategy": "no",
+    }.items():  # fmt: skip
+        command += [f"--{name}", str(value)]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    memory = json.loads((out / "figures.json").read_text())["memory"]
+    program = memory["predicted_parts"]["program and libraries"]
+    predicted, measured = memory["predicted_peak"] - program, memory["measured_peak"] - program
+    assert measured == pytest.approx(predicted, rel=0.15)
