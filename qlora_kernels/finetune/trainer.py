@@ -47,6 +47,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from .. import cpu
+from ..activations import fuse, recompute
 from ..nn import Linear4bit
 from .checkpoint import (
     CheckpointStore,
@@ -265,6 +266,13 @@ class QLoraTrainer(Trainer):
             raise NonFiniteLoss(f"the loss of step {self.state.global_step + 1} is {value}")
         record["loss"] += value
         return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        # Activation checkpointing keeps less still, and compiled code plans its own memory.
+        if self.args.activation_checkpointing or self.args.torch_compile:
+            return super().compute_loss(*args, **kwargs)
+        with recompute():
+            return super().compute_loss(*args, **kwargs)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
@@ -697,8 +705,8 @@ class _Run:
         identity = self._identify(resume, before)
         plan = self._plan_memory()
         figures = self._figures_kept(figures, resume, before, identity)
-        # First, so that no run that is killed now looks finished.
-        self._write_unfinished(figures)
+        if before is not None:  # first, so that no run that is killed now looks finished
+            self._write_unfinished(figures)
         if not (self.folder / "identity.json").exists() or not resume.exact:
             replace_file(self.folder / "identity.json", lambda p: write_json(p, identity))
         yaml = self.config.to_yaml()
@@ -861,6 +869,7 @@ class _Run:
             "accumulation": args.gradient_accumulation_steps,
             "optimizer": optimizer,
             "attention": config.attn_implementation,
+            "fused": config.fuse_layers,
             "program": 0 if args.device.type == "cuda" else resident_memory(),
             "limit": limit,
         }
@@ -920,6 +929,8 @@ class _Run:
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
             model = get_peft_model(model, self.lora)
         self.loss = install(model, chunk_tokens=config.loss_chunk or None)
+        if config.fuse_layers:
+            fuse(model)
         gc.collect()
         return QLoraTrainer(
             model,

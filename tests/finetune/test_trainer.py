@@ -469,6 +469,23 @@ def test_damaged_checkpoints_are_put_aside(train):
     assert (folder / "damaged-checkpoint-3").is_dir()
 
 
+@pytest.mark.parametrize("name", ["identity.json", "config.yaml", "log.jsonl", "figures.json"])
+def test_killed_at_the_first_files_of_a_run(train, monkeypatch, name):
+    """Whatever is there and whatever is not, the same command is the same run."""
+    real = trainer.replace_file
+
+    def killed(path, write):
+        real(path, write)
+        if path.name == name:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "replace_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(max_steps=1)
+    assert train(max_steps=1).figures["finished"]
+
+
 @pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}])
 def test_killed_after_the_last_step_no_step_is_left(train, monkeypatch, length):
     settings = {**length, "per_device_train_batch_size": 13, "save_steps": 1}
