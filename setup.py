@@ -11,7 +11,11 @@ What it takes care of, beyond calling CMake:
   an old one loaded keeps it.
 
 Environment: QLORA_KERNELS_TORCH (folder of the torch to build for), QLORA_KERNELS_WERROR=1,
-QLORA_KERNELS_CUDA (0 or 1; there are no CUDA kernels yet), CMAKE_ARGS, CXX, MAX_JOBS.
+CMAKE_ARGS, CXX, MAX_JOBS, and for the CUDA half:
+
+QLORA_KERNELS_CUDA                0: without; 1: with, or fail; auto (default): with, where nvcc is
+                                  found and there is a GPU or the torch built for has CUDA
+QLORA_KERNELS_CUDA_ARCHITECTURES  "80", "80 90", "all"; by default those of the GPUs here, else all
 """
 
 from __future__ import annotations
@@ -66,6 +70,8 @@ if list((ROOT / "csrc" / "emulator").glob("*.cpp")):
     LIBRARIES.append(Native("_emulator", ".so"))
 if sys.platform == "linux":
     LIBRARIES.append(Native("_cudart_stub", ".so"))
+CUDA_LIBRARY = Native("_ops_cuda", ".abi3.so")
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 
 
 # --- what the build needs, found and checked ----------------------------------------------------
@@ -178,6 +184,81 @@ def find_pybind11() -> str:
     return str(pybind11.get_cmake_dir())
 
 
+# --- CUDA: whether, with what, for what -----------------------------------------------------------
+
+
+def find_nvcc() -> Path:
+    """nvcc where the emulator's tests look for it too: CUDA_HOME, NVIDIA's wheels, PATH."""
+    file = ROOT / "qlora_kernels" / "emulator" / "toolchain.py"
+    spec = importlib.util.spec_from_file_location("_qlora_toolchain", file)
+    assert spec is not None and spec.loader is not None
+    toolchain = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = toolchain
+    spec.loader.exec_module(toolchain)
+    try:
+        return Path(toolchain.find_tool("nvcc"))
+    except toolchain.ToolNotFound as error:
+        raise PlatformError(str(error)) from None
+
+
+def gpu_architectures() -> list[str]:
+    """Compute capabilities of the GPUs here; none where the driver does not answer."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    with contextlib.suppress(OSError):
+        result = subprocess.run(query, capture_output=True, text=True)
+        if result.returncode == 0:
+            return sorted({c.strip().replace(".", "") for c in result.stdout.split()}, key=int)
+    return []
+
+
+def wanted_architectures() -> list[str]:
+    """What to build for. A GPU that is newer than all we know runs the PTX."""
+    chosen = os.environ.get("QLORA_KERNELS_CUDA_ARCHITECTURES", "").replace(",", " ").split()
+    if chosen and chosen != ["all"]:
+        unknown = [a for a in chosen if a not in ARCHITECTURES]
+        if unknown:
+            raise PlatformError(
+                f"QLORA_KERNELS_CUDA_ARCHITECTURES has {' '.join(unknown)}; it may have "
+                f"{' '.join(ARCHITECTURES)}, or be all"
+            )
+        return chosen
+    here = [] if chosen else [a for a in gpu_architectures() if a in ARCHITECTURES]
+    return here or list(ARCHITECTURES)
+
+
+def torch_has_cuda() -> bool:
+    folder, _ = find_torch()
+    return (folder / "lib" / "libtorch_cuda.so").is_file()
+
+
+def cuda_wanted() -> Path | None:
+    """The nvcc to build the CUDA half with, or None for a build without it."""
+    wish = os.environ.get("QLORA_KERNELS_CUDA", "") or "auto"
+    if wish not in ("0", "1", "auto"):
+        raise PlatformError(f"QLORA_KERNELS_CUDA={wish}: it may be 0, 1 or auto")
+    if wish == "0" or sys.platform != "linux":
+        if wish == "1":
+            raise PlatformError("QLORA_KERNELS_CUDA=1: the CUDA kernels are built on Linux only")
+        return None
+    if wish == "1":
+        return find_nvcc()
+    if not gpu_architectures() and not torch_has_cuda():
+        return None  # and no compiler is looked for
+    try:
+        return find_nvcc()
+    except PlatformError as error:
+        print(f"qlora-kernels: no CUDA kernels are built: {error}", file=sys.stderr)
+        return None
+
+
+def cuda_options(nvcc: Path, architectures: list[str]) -> list[str]:
+    return [
+        "-DQLK_CUDA=ON",
+        f"-DQLK_NVCC={nvcc}",
+        f"-DQLK_CUDA_ARCHITECTURES={';'.join(architectures)}",
+    ]
+
+
 # --- the build ----------------------------------------------------------------------------------
 
 
@@ -288,6 +369,12 @@ def replace_if_changed(built: Path, target: Path) -> None:
 class BuildNative(build_ext):
     """build_ext by CMake. Takes --inplace and editable installs as setuptools means them."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.nvcc = cuda_wanted()
+        if self.nvcc is not None and CUDA_LIBRARY not in self.extensions:
+            self.extensions.append(CUDA_LIBRARY)
+
     def get_ext_filename(self, fullname: str) -> str:
         for ext in self.extensions:
             if fullname in (ext.name, ext.target):
@@ -296,12 +383,17 @@ class BuildNative(build_ext):
         return str(super().get_ext_filename(fullname))
 
     def run(self) -> None:
-        if os.environ.get("QLORA_KERNELS_CUDA", "0") not in ("", "0"):
-            raise PlatformError("QLORA_KERNELS_CUDA=1: this version has no CUDA kernels to build")
-        folder = build_folder("native")
+        self.build("native", [e for e in self.extensions if e is not CUDA_LIBRARY], [])
+        if self.nvcc is not None:
+            architectures = wanted_architectures()
+            options = cuda_options(self.nvcc, architectures)
+            self.build("cuda" + "-".join(architectures), [CUDA_LIBRARY], options)
+
+    def build(self, kind: str, extensions: list[Native], options: list[str]) -> None:
+        folder = build_folder(kind)
         with one_at_a_time(folder):
-            compile_targets(folder, [ext.target for ext in self.extensions])
-            for ext in self.extensions:
+            compile_targets(folder, [ext.target for ext in extensions], *options)
+            for ext in extensions:
                 replace_if_changed(folder / ext.filename, Path(self.get_ext_fullpath(ext.name)))
 
 
@@ -309,16 +401,25 @@ class BuildVariant(Command):
     """Builds the torch library in a way that only tests want."""
 
     description = "build build/<kind>/_ops*.so for the tests; load it through QLORA_KERNELS_OPS"
-    user_options: ClassVar = [("kind=", None, "sanitize or emulated")]
+    user_options: ClassVar = [("kind=", None, "sanitize, emulated or cuda")]
 
     def initialize_options(self) -> None:
         self.kind = ""
 
     def finalize_options(self) -> None:
-        if self.kind not in ("sanitize", "emulated"):
-            raise OptionError(f"--kind is {self.kind!r}; it may be sanitize or emulated")
+        if self.kind not in ("sanitize", "emulated", "cuda"):
+            raise OptionError(f"--kind is {self.kind!r}; it may be sanitize, emulated or cuda")
 
     def run(self) -> None:
+        if (
+            self.kind == "cuda"
+        ):  # the CUDA half and its emulated twin, where nvcc is; see tests/cuda
+            architectures = wanted_architectures()
+            folder = build_folder("cuda" + "-".join(architectures))
+            options = cuda_options(find_nvcc(), architectures)
+            with one_at_a_time(folder):
+                compile_targets(folder, ["_ops_cuda", "_ops_cuda_emulated"], *options)
+            return
         folder = build_folder(self.kind)
         with one_at_a_time(folder):
             if self.kind == "sanitize":

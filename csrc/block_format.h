@@ -10,9 +10,14 @@
 //
 //            two roundings, never an fma: all backends agree bit for bit.
 //
+//            For research, a byte a block: e8m0, 2^(byte - 127) and 255 for NaN; e4m3 (four bits of
+//            exponent, three of mantissa, 0x7f for NaN) times one float a tensor, a single
+//            rounding.
+//
 // A value is round_to_dtype(codebook[q] * scale), rounded once.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 // Always inlined, internal linkage: the same header is compiled for several instruction sets, and a
 // shared out-of-line copy could be the one that the machine cannot run.
@@ -37,7 +42,29 @@ QLK_INLINE int earlier_code(uint8_t byte) { return byte >> 4; }
 QLK_INLINE int later_code(uint8_t byte) { return byte & 15; }
 QLK_INLINE uint8_t pack_codes(int earlier, int later) { return (uint8_t)((earlier << 4) | later); }
 
-// The scales of a weight, of either kind; `absmax` is null when they are nested.
+// Every kernel has the first two; quantize and dequantize have all.
+enum class ScaleKind : int { fp32, nested, e8m0, e4m3 };
+
+QLK_INLINE float float_of_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+QLK_INLINE float e8m0_value(uint32_t byte) {
+  if (byte == 255) return float_of_bits(0x7fc00000u);
+  return float_of_bits(byte == 0 ? 0x00400000u : byte << 23);
+}
+QLK_INLINE float e4m3_value(uint32_t byte) {
+  const uint32_t sign = (byte & 0x80u) << 24, magnitude = byte & 0x7fu;
+  if (magnitude == 0x7fu) return float_of_bits(0x7fc00000u);
+  if (magnitude < 8) {  // denormals: multiples of 2^-9
+    const float value = (float)magnitude * 0x1p-9f;
+    return sign != 0 ? -value : value;
+  }
+  return float_of_bits(sign | ((magnitude << 20) + ((127u - 7u) << 23)));
+}
+
+// The scales of a weight, fp32 or nested; `absmax` is null when they are nested.
 struct Scales {
   const float* absmax;
   const uint8_t* absmax8;

@@ -1,13 +1,15 @@
 """The torch ops, namespace ``qlora_kernels``: schemas, fakes, autograd, autocast, plain fallback.
 
-Schemas are defined here, once, so that they exist whether or not the native library does. The
-library (``csrc/torch_ops.cpp``) adds CPU kernels to them; every other device, and a machine without
-the library, runs the plain torch implementations below, with one notice.
+Schemas are defined here, once, so that they exist whether or not the native libraries do. These
+add kernels to them, for the CPU (``csrc/torch_ops.cpp``) and for CUDA (``csrc/torch_ops_cuda.cpp``,
+loaded where torch has CUDA); every other device, and a machine without them, runs the plain torch
+implementations below, with one notice.
 
 A packed weight is always the same run of arguments, in this order::
 
     packed         uint8, any shape, (n + 1) // 2 elements: two codes a byte, earlier value high
-    absmax         fp32 [blocks], or uint8 [blocks] when the scales are nested
+    absmax         fp32 [blocks], or uint8 [blocks] when the scales are nested; for research
+                   int8 [blocks]: bytes of E8M0, or, with nested_offset, of E4M3 times that
     codebook       fp32 [16]
     blocksize      16 ... 4096
     nested_absmax  fp32 [ceil(blocks / 256)] | None
@@ -32,24 +34,23 @@ _WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor codebook, int blocksize, "
     "Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset"
 )
-_LIB = torch.library.Library(NAMESPACE, "DEF")
-_LIB.define(
-    "quantize_4bit(Tensor A, Tensor thresholds, Tensor codes, int blocksize) -> (Tensor, Tensor)"
-)
-_LIB.define(
-    "quantize_absmax(Tensor absmax, Tensor thresholds, Tensor? offset) -> (Tensor, Tensor, Tensor)"
-)
-_LIB.define(f"dequantize_4bit({_WEIGHT}, SymInt[] shape, ScalarType dtype) -> Tensor")
-_LIB.define(f"dequantize_4bit.out({_WEIGHT}, *, Tensor(a!) out) -> ()")
-_LIB.define(
+SCHEMAS = (
+    "quantize_4bit(Tensor A, Tensor thresholds, Tensor codes, int blocksize) -> (Tensor, Tensor)",
+    # Scales of one byte: E4M3 times tensor_scale, or, without one, E8M0.
+    "quantize_4bit_scaled(Tensor A, Tensor thresholds, Tensor codes, int blocksize, "
+    "Tensor? tensor_scale) -> (Tensor, Tensor)",
+    "quantize_absmax(Tensor absmax, Tensor thresholds, Tensor? offset) -> (Tensor, Tensor, Tensor)",
+    f"dequantize_4bit({_WEIGHT}, SymInt[] shape, ScalarType dtype) -> Tensor",
+    f"dequantize_4bit.out({_WEIGHT}, *, Tensor(a!) out) -> ()",
     f"linear_4bit(Tensor x, {_WEIGHT}, SymInt out_features, Tensor? bias, Tensor? lora_a, "
-    "Tensor? lora_b, Tensor? lora_s, float scaling, ScalarType compute_dtype) -> (Tensor, Tensor)"
-)
-_LIB.define(
+    "Tensor? lora_b, Tensor? lora_s, float scaling, ScalarType compute_dtype) -> (Tensor, Tensor)",
     f"linear_4bit_backward(Tensor dy, {_WEIGHT}, SymInt in_features, Tensor? x, Tensor? lora_a, "
     "Tensor? lora_b, Tensor? s, float scaling, ScalarType compute_dtype, ScalarType dx_dtype, "
-    "bool need_dx, bool need_da, bool need_db) -> (Tensor, Tensor, Tensor, Tensor)"
+    "bool need_dx, bool need_da, bool need_db) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+_LIB = torch.library.Library(NAMESPACE, "DEF")
+for _schema in SCHEMAS:
+    _LIB.define(_schema)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -93,8 +94,15 @@ def check_weight(weight: WeightArgs, count: int) -> None:
         )
     if absmax.dtype == torch.float32:
         return
+    if absmax.dtype == torch.int8:
+        if nested_offset is not None and nested_offset.dtype != torch.float32:
+            raise ValueError(f"nested_offset must be float32, got {nested_offset.dtype}")
+        return
     if absmax.dtype != torch.uint8:
-        raise TypeError(f"absmax must be float32, or uint8 with nested scales, got {absmax.dtype}")
+        raise TypeError(
+            "absmax must be float32, uint8 with nested scales, or int8 (E8M0 bytes; E4M3 bytes "
+            f"with nested_offset), got {absmax.dtype}"
+        )
     if nested_absmax is None or nested_code is None or nested_offset is None:
         raise ValueError(
             "absmax is uint8 (double quantized), so nested_absmax, nested_code and nested_offset "
@@ -179,6 +187,8 @@ def check_linear(
 def _scales(absmax, nested_absmax, nested_code, nested_offset) -> Tensor:
     if absmax.dtype == torch.float32:
         return absmax
+    if absmax.dtype == torch.int8:
+        return reference.byte_scales(absmax, nested_offset)
     return reference.dequantize_absmax(
         absmax, nested_absmax, nested_offset.reshape(()), nested_code
     )
@@ -228,6 +238,15 @@ def _plain_quantize(a, thresholds, codes, blocksize) -> tuple[Tensor, Tensor]:
     _notice(a)
     normalized, absmax = reference.normalize(a, blocksize)
     return reference.pack(codes[torch.bucketize(normalized, thresholds)]), absmax
+
+
+def _plain_quantize_scaled(a, thresholds, codes, blocksize, tensor_scale) -> tuple[Tensor, Tensor]:
+    check_float("A", a)
+    check_blocksize(blocksize)
+    if a.numel() == 0:
+        raise ValueError(f"A is empty (shape {list(a.shape)}): nothing to quantize")
+    normalized, scales = reference.normalize_scaled(a, blocksize, tensor_scale)
+    return reference.pack(codes[torch.bucketize(normalized, thresholds)]), scales
 
 
 def _plain_quantize_absmax(absmax, thresholds, offset) -> tuple[Tensor, Tensor, Tensor]:
@@ -330,6 +349,8 @@ def _notice(t: Tensor) -> None:
     _NOTICED.add(kind)
     if kind == "cpu":
         why = f"the native library is not there ({LIBRARY_ERROR or 'not built'})"
+    elif kind == "cuda":
+        why = f"the CUDA kernels are not there ({CUDA_LIBRARY_ERROR or 'not built'})"
     else:
         why = f"there are no kernels for '{kind}' devices"
     warnings.warn(f"qlora_kernels runs in plain torch: {why}; correct, but slow", stacklevel=3)
@@ -337,6 +358,7 @@ def _notice(t: Tensor) -> None:
 
 for _name, _fn in (
     ("quantize_4bit", _plain_quantize),
+    ("quantize_4bit_scaled", _plain_quantize_scaled),
     ("quantize_absmax", _plain_quantize_absmax),
     ("dequantize_4bit", _plain_dequantize),
     ("dequantize_4bit.out", _plain_dequantize_out),
@@ -374,6 +396,35 @@ if LIBRARY_ERROR and os.environ.get("QLORA_KERNELS_OPS"):
     raise ImportError(f"QLORA_KERNELS_OPS: {LIBRARY_ERROR}")
 
 
+CUDA_LIBRARY_ERROR: str | None = None
+"""Why the CUDA kernels were not loaded, or None when they were."""
+
+
+def cuda_library_path() -> Path:
+    """Where the CUDA half is, or would be; ``QLORA_KERNELS_CUDA_OPS`` names another file."""
+    chosen = os.environ.get("QLORA_KERNELS_CUDA_OPS")
+    return Path(chosen) if chosen else Path(__file__).with_name("_ops_cuda.abi3.so")
+
+
+def _load_cuda_library() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    path = cuda_library_path()
+    if not path.exists():
+        return (
+            f"{path} does not exist; build it with `QLORA_KERNELS_CUDA=1 pip install "
+            "--no-build-isolation .`"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path}: {error}"
+    return None
+
+
+CUDA_LIBRARY_ERROR = _load_cuda_library()
+
+
 # --- fakes: shapes and dtypes without data ------------------------------------------------------
 
 
@@ -383,6 +434,15 @@ def _(a, thresholds, codes, blocksize):
     return (
         a.new_empty([(n + 1) // 2], dtype=torch.uint8),
         a.new_empty([(n + blocksize - 1) // blocksize], dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake(f"{NAMESPACE}::quantize_4bit_scaled")
+def _(a, thresholds, codes, blocksize, tensor_scale):
+    n = a.numel()
+    return (
+        a.new_empty([(n + 1) // 2], dtype=torch.uint8),
+        a.new_empty([(n + blocksize - 1) // blocksize], dtype=torch.int8),
     )
 
 

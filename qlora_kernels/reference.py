@@ -74,6 +74,48 @@ def normalize(w: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tens
     return normalized, absmax
 
 
+def normalize_scaled(
+    w: torch.Tensor, blocksize: int, tensor_scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`normalize` with scales of one byte (int8 ``[blocks]``), for research.
+
+    E8M0, where there is no ``tensor_scale``: the smallest power of two that is not below the
+    block's absmax, 2^127 at most, NaN for an infinity or a NaN. E4M3: ``absmax / tensor_scale``
+    rounded to nearest even, NaN where that is beyond 448; the scale is that times
+    ``tensor_scale``, rounded to fp32. Values are multiplied by the reciprocal of the *rounded*
+    scale (at least 1e-38), divided by it in a ragged last block.
+    """
+    w = w.detach().reshape(-1).float()
+    n = w.numel()
+    rows = torch.nn.functional.pad(w, (0, -n % blocksize)).view(-1, blocksize)
+    absmax = rows.abs().amax(1)
+    if tensor_scale is None:
+        bits = absmax.view(torch.int32)
+        byte = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+        byte = torch.where(bits <= 0x00400000, 0, byte.clamp(max=254))
+        stored = torch.where(absmax.isfinite(), byte, 255).to(torch.uint8).view(torch.int8)
+    else:
+        ratio = absmax / tensor_scale.reshape(())
+        stored = ratio.to(torch.float8_e4m3fn).view(torch.int8)
+        stored = torch.where(ratio < 464, stored, 0x7F)  # torches differ: some saturate
+    scale = byte_scales(stored, tensor_scale)
+    divisor = torch.where(scale < MIN_ABSMAX, MIN_ABSMAX, scale)
+    normalized = rows * (1.0 / divisor)[:, None]
+    if n % blocksize:
+        normalized[-1] = rows[-1] / divisor[-1]
+    normalized = normalized.clamp(-1, 1).reshape(-1)[:n]
+    if n % 2:
+        normalized = torch.cat([normalized, normalized.new_zeros(1)])
+    return normalized, stored
+
+
+def byte_scales(stored: torch.Tensor, tensor_scale: torch.Tensor | None) -> torch.Tensor:
+    """fp32 scales from bytes (int8): of E8M0, or of E4M3 times ``tensor_scale``."""
+    if tensor_scale is None:
+        return stored.view(torch.float8_e8m0fnu).float()
+    return stored.view(torch.float8_e4m3fn).float() * tensor_scale.reshape(())
+
+
 def mean_in_order(absmax: torch.Tensor) -> torch.Tensor:
     """fp32 mean of ``absmax`` (fp32, 1-D), summed in float64 in the one order of this project.
 

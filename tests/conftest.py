@@ -45,25 +45,40 @@ def shared_data() -> Path:
 
 @functools.cache
 def _build_variant(kind: str) -> tuple[Path | None, str]:
+    # One architecture in full, and its PTX, which is what the emulator runs.
+    os.environ.setdefault("QLORA_KERNELS_CUDA_ARCHITECTURES", "80")
     command = [sys.executable, "setup.py", "--quiet", "build_variant", f"--kind={kind}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode != 0:
         return None, result.stdout + result.stderr
-    name = {"sanitize": "_ops.abi3.so", "emulated": "_ops_emulated.so"}[kind]
+    name = {
+        "sanitize": "_ops.abi3.so",
+        "emulated": "_ops_emulated.so",
+        "cuda": "_ops_cuda_emulated.so",
+    }[kind]
+    if kind == "cuda":
+        kind += "-".join(os.environ["QLORA_KERNELS_CUDA_ARCHITECTURES"].split())
     return ROOT / "build" / f"{kind}-{sysconfig.get_config_var('SOABI')}" / name, ""
 
 
 @pytest.fixture(scope="session")
 def native_variant() -> Callable[[str], Path]:
-    """``native_variant("emulated" | "sanitize")``: that build of ``_ops``, made first if need be.
+    """``native_variant("emulated" | "sanitize")``: that build of ``_ops``, made first if need be;
+    ``"cuda"``: ``_ops_cuda_emulated.so``, beside it the ``_ops_cuda.abi3.so`` of the same objects.
 
-    Load it in a process of its own, through ``QLORA_KERNELS_OPS``. Skips where the machine cannot
-    build it; a compile error is a failure.
+    Load a build of ``_ops`` in a process of its own, through ``QLORA_KERNELS_OPS``. Skips where the
+    machine cannot build it; a compile error is a failure.
     """
 
     def build(kind: str) -> Path:
         library, words = _build_variant(kind)
-        if library is None and ("needs SIMDe" in words or "needs an x86" in words):
+        missing = (
+            "needs SIMDe",
+            "needs an x86",
+            "nvcc was found neither",
+            "nvcc is installed without",
+        )
+        if library is None and any(reason in words for reason in missing):
             pytest.skip(words.strip().splitlines()[-1])
         assert library is not None, words[-4000:]
         return library

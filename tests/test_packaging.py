@@ -231,8 +231,31 @@ def test_old_setuptools_is_named(bare: Path) -> None:
     assert "setuptools 65.5.0 is too old; 77 or newer is needed" in output
 
 
-def test_cuda_is_not_promised(bare: Path) -> None:
-    assert "no CUDA kernels to build" in build_in_place(bare, QLORA_KERNELS_CUDA="1")
+def test_cuda_without_its_compiler(bare: Path) -> None:
+    """Asked for, it is an error that says what to install; a wish that is none is one too."""
+    toolchain = Path("qlora_kernels") / "emulator" / "toolchain.py"
+    (bare / toolchain).parent.mkdir()
+    shutil.copy(ROOT / toolchain, bare / toolchain)
+    no_programs = "import os; os.access = lambda *_, **__: False"
+    words = build_in_place(bare, no_programs, QLORA_KERNELS_CUDA="1")
+    assert "nvcc was found neither" in words and "nvidia-cuda-nvcc" in words
+    assert "may be 0, 1 or auto" in build_in_place(bare, QLORA_KERNELS_CUDA="yes")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_without_a_gpu_no_compiler_is_looked_for() -> None:
+    """What `make demo` relies on: neither a GPU nor a CUDA torch, so nothing is fetched."""
+    code = """
+import sys
+import setuptools
+setuptools.setup = lambda **_: None
+import setup
+setup.find_nvcc = lambda: sys.exit("looked for nvcc")
+print(setup.cuda_wanted())
+"""
+    if shutil.which("nvidia-smi") is not None:
+        pytest.skip("there may be a GPU")
+    assert run(sys.executable, "-c", code, QLORA_KERNELS_CUDA="auto").stdout.strip() == "None"
 
 
 # --- whole builds --------------------------------------------------------------------------------

@@ -5,12 +5,10 @@
 #include <string>
 #include <vector>
 
+#include "../block_format.h"
 #include "../dtype.h"
 
 namespace qlk::cuda {
-
-// fp32 and nested in every kernel; the last two, for research, in quantize and dequantize.
-enum class ScaleKind : int { fp32, nested, e8m0, e4m3 };
 
 enum class Pass : int { forward, input_grad };
 
@@ -73,7 +71,17 @@ struct Choice {
   std::string why;  // one line
 };
 
+// What is compiled into this version; the rest is as if it were disabled.
+constexpr RouteMask kBuilt = bit(Route::large);
+
 Choice choose(const DeviceLimits& device, const Shape& shape, RouteMask disabled = 0);
+
+// Every plan that was compiled and fits, `large` last: what `qlora tune` tries.
+std::vector<Plan> candidates(const DeviceLimits& device, const Shape& shape);
+
+// Fills in shared_bytes and workspace_bytes of a plan of whose tile the rest is set; false where no
+// kernel was compiled for it or the device cannot hold it.
+bool complete(const DeviceLimits& device, const Shape& shape, Plan* plan);
 
 const char* route_name(Route route);
 

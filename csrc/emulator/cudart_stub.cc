@@ -129,6 +129,11 @@ API const char* cudart_stub_variable(const void* host, uint64_t* size, const voi
   return found->second.name.c_str();
 }
 
+// For tests: memory that was registered (cudaHostRegister) counts as never written from now on.
+API Error cudart_stub_uninitialized(void* address, uint64_t bytes) {
+  return forward("cudart_stub_uninitialized", address, bytes);
+}
+
 // --- Registration -------------------------------------------------------------------------------
 
 API void** __cudaRegisterFatBinary(void* fatbin) {

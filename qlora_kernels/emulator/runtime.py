@@ -999,7 +999,17 @@ class EmulatedRuntime:
         self._release(w[0])
 
     def _do_cudaHostRegister(self, w: Any) -> None:
-        self._buffers[w[0]] = Buffer(w[0], w[1], f"host memory {w[0]:#x}", None, None, "registered")
+        name = f"host memory {w[0]:#x}"
+        self._remember(Buffer(w[0], w[1], name, None, None, "registered"))
+
+    def _do_cudart_stub_uninitialized(self, w: Any) -> None:
+        buffer = self._find(w[0])
+        if buffer is None:
+            raise _Refused(INVALID_VALUE, f"{w[0]:#x} was not registered with cudaHostRegister")
+        if buffer.initialized is None:
+            buffer.initialized = np.ones(buffer.size, np.uint8)
+        start = w[0] - buffer.address
+        buffer.initialized[start : start + w[1]] = 0
 
     def _do_cudaHostUnregister(self, w: Any) -> None:
         self._release(w[0])

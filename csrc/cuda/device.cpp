@@ -1,0 +1,143 @@
+#include "device.h"
+
+#include <array>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+namespace qlk::cuda {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+// What is known of a device beyond its limits; written from Python (qlora_kernels/cuda.py).
+struct Settings {
+  RouteMask disabled = 0;
+  std::map<std::tuple<int, int64_t, int64_t, int64_t, int64_t>, Plan> tuned;
+};
+
+std::mutex mutex;
+std::array<Settings, kMaxDevices> settings;
+
+using ShapeKey = std::tuple<int, int64_t, int64_t, int64_t, int64_t>;
+ShapeKey key_of(Pass pass, int64_t m, int64_t n, int64_t k, int64_t rank) {
+  return {static_cast<int>(pass), m, n, k, rank};
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  cudaDeviceGetAttribute(&value, which, device);
+  return value;
+}
+
+std::string version(int v) {
+  return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10);
+}
+
+}  // namespace
+
+DeviceLimits limits_of(int device) {
+  return {attribute(cudaDevAttrComputeCapabilityMajor, device),
+          attribute(cudaDevAttrComputeCapabilityMinor, device),
+          attribute(cudaDevAttrMultiProcessorCount, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+          attribute(cudaDevAttrMaxThreadsPerMultiProcessor, device),
+          attribute(cudaDevAttrL2CacheSize, device)};
+}
+
+Plan plan_for(int device, const Shape& shape) {
+  const DeviceLimits limits = limits_of(device);
+  RouteMask disabled = 0;
+  if (device < kMaxDevices) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const Settings& s = settings[device];
+    disabled = s.disabled;
+    const auto found = s.tuned.find(key_of(shape.pass, shape.m, shape.n, shape.k, shape.rank));
+    if (found != s.tuned.end()) {
+      Plan plan = found->second;
+      if (!(disabled & bit(plan.route)) && complete(limits, shape, &plan)) return plan;
+    }
+  }
+  return choose(limits, shape, disabled).plan;
+}
+
+cudaError_t launch_linear(const LinearProblem& p, const Plan& plan, cudaStream_t stream) {
+  (void)p, (void)stream;
+  switch (plan.route) {
+    default:
+      return cudaErrorInvalidConfiguration;  // `large` is the caller's
+  }
+}
+
+cudaError_t launch_input_grad(const InputGradProblem& p, const Plan& plan, cudaStream_t stream) {
+  (void)p, (void)stream;
+  switch (plan.route) {
+    default:
+      return cudaErrorInvalidConfiguration;
+  }
+}
+
+std::string explain(cudaError_t error) {
+  std::string words = cudaGetErrorString(error);
+  int device = 0, driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  if (error == cudaErrorInsufficientDriver || error == cudaErrorUnsupportedPtxVersion ||
+      (driver > 0 && driver / 1000 < runtime / 1000)) {
+    words += ". The driver here supports CUDA " + version(driver) +
+             ", and qlora-kernels was built " + "with CUDA " + version(runtime) +
+             ": update NVIDIA's driver (CUDA 13 needs 580 or " +
+             "later), or build with an older toolkit (CUDA_HOME=... QLORA_KERNELS_CUDA=1 pip " +
+             "install .), or set QLORA_KERNELS_DISABLE=all";
+  } else if (error == cudaErrorNoKernelImageForDevice && cudaGetDevice(&device) == cudaSuccess) {
+    const DeviceLimits d = limits_of(device);
+    words += ". This GPU has compute capability " + std::to_string(d.major) + "." +
+             std::to_string(d.minor) + "; build for it with QLORA_KERNELS_CUDA_ARCHITECTURES=" +
+             std::to_string(d.capability()) +
+             ". 7.5 (Turing) is the oldest that can run these "
+             "kernels";
+  } else if (error == cudaErrorInvalidConfiguration) {
+    words +=
+        ". The plan was not compiled or does not fit; please report it with the output of "
+        "`qlora kernels`";
+  }
+  return words;
+}
+
+}  // namespace qlk::cuda
+
+// --- for qlora_kernels/cuda.py, through ctypes ---------------------------------------------------
+
+#define QLK_API extern "C" __attribute__((visibility("default")))
+
+// Routes that are off on a device, a bit each.
+QLK_API void qlk_cuda_disable(int device, unsigned mask) {
+  if (device < 0 || device >= qlk::cuda::kMaxDevices) return;
+  const std::lock_guard<std::mutex> lock(qlk::cuda::mutex);
+  qlk::cuda::settings[device].disabled = mask;
+}
+
+// From now on this shape runs so on this device: fields in Plan's order, from `route` to `splits`.
+QLK_API void qlk_cuda_tuned(int device, int pass, int64_t m, int64_t n, int64_t k, int64_t rank,
+                            const int* plan) {
+  using namespace qlk::cuda;
+  if (device < 0 || device >= kMaxDevices) return;
+  Plan p{};
+  p.route = static_cast<Route>(plan[0]);
+  p.tile_m = plan[1], p.tile_n = plan[2], p.tile_k = plan[3];
+  p.warps = plan[4], p.stages = plan[5], p.splits = plan[6];
+  const std::lock_guard<std::mutex> lock(mutex);
+  settings[device].tuned[key_of(static_cast<Pass>(pass), m, n, k, rank)] = p;
+}
+QLK_API void qlk_cuda_forget_tuned(int device) {
+  if (device < 0 || device >= qlk::cuda::kMaxDevices) return;
+  const std::lock_guard<std::mutex> lock(qlk::cuda::mutex);
+  qlk::cuda::settings[device].tuned.clear();
+}
+
+// The toolkit that this was built with and the driver here, as CUDA numbers them.
+QLK_API int qlk_cuda_versions(int* runtime, int* driver) {
+  cudaRuntimeGetVersion(runtime);
+  return static_cast<int>(cudaDriverGetVersion(driver));
+}
