@@ -59,7 +59,13 @@ def load(
     from transformers import AutoModelForCausalLM
 
     from .finetune.model import load_tokenizer
-    from .integrations.transformers import _local_folder, default_dtype, load_quantized_model
+    from .integrations.transformers import (
+        _check_weight_files,
+        _dtype,
+        _local_folder,
+        default_dtype,
+        load_quantized_model,
+    )
 
     transformers.utils.logging.disable_progress_bar()
     folder = None
@@ -71,9 +77,9 @@ def load(
     with bad_input("model"):
         base = _local_folder(model, None, None)
         if quant_type == "none":
-            loaded = AutoModelForCausalLM.from_pretrained(
-                base, dtype=default_dtype() if dtype == "auto" else dtype
-            )
+            _check_weight_files(base)
+            dense = default_dtype() if dtype == "auto" else _dtype(dtype, "dtype")
+            loaded = AutoModelForCausalLM.from_pretrained(base, dtype=dense)
         else:
             # Left at its default, a checkpoint that is quantized already keeps its format.
             asked = None if quant_type == "nf4" else quant_type
@@ -83,11 +89,12 @@ def load(
     tokenizer = load_tokenizer(tokens)
     if folder is not None:
         from peft import PeftModel
+        from safetensors import SafetensorError
 
         with bad_input(f"the adapter {folder}"):
             try:
                 loaded = PeftModel.from_pretrained(loaded, str(folder))
-            except RuntimeError as error:  # shapes that do not agree
+            except (RuntimeError, SafetensorError) as error:  # other shapes, half a file
                 raise ValueError(str(error).splitlines()[0]) from error
     return loaded.eval(), tokenizer
 
@@ -240,6 +247,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise BadInput(f"max_new_tokens is {arguments.max_new_tokens}; it must be above 0")
     if arguments.temperature < 0:
         raise BadInput(f"temperature is {arguments.temperature}; it must not be negative")
+    if not 0 < arguments.top_p <= 1:
+        raise BadInput(f"top_p is {arguments.top_p}; it must be above 0 and at most 1")
     console = Console(highlight=False)
     model, tokenizer = load(
         arguments.model, arguments.adapter, arguments.quant_type, arguments.dtype

@@ -106,12 +106,21 @@ def test_parts_add_up_to_the_step():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_depth_is_extrapolated_to_what_tracing_all_of_it_gives(checkpointing):
+def test_depth_is_extrapolated_to_what_tracing_all_of_it_gives(monkeypatch, checkpointing):
     """Two traces predict a model of six layers; here all six are traced as well."""
     shape = StepShape(2, 48)
-    found = plan(shape, layers=6, checkpointing=checkpointing)
+    real, called = planning._trace, []
+
+    def trace(model, *rest):
+        called.append(rest)
+        return real(model, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "_trace", trace)
+        found = plan(shape, layers=6, checkpointing=checkpointing)
+    assert len(called) == 2 and called[0] == called[1]
     model = planning._meta_model(config(6), torch.float32, QUANT, lora(), "sdpa")
-    whole = planning._trace(model, shape, checkpointing, False, (torch.optim.AdamW, {}))
+    whole = real(model, *called[0])
     assert found.parts["activations"] == whole.saved
     assert found.parts["optimizer states"] == whole.states
     predicted = found.phases["in a training step"] - sum(
