@@ -194,7 +194,17 @@ struct AsyncCopy {
 using Foreign = std::unordered_map<u32, u32>;
 struct Clock {
   std::vector<u32> own;
+  std::vector<u32> proxied;  // of own, what a fence.proxy.async shows to wgmma; empty: nothing
   std::shared_ptr<const Foreign> foreign;
+};
+
+// A wgmma that was not waited for. Its results are there, but nobody may touch its registers yet,
+// and the shared memory that it reads (by chunks of sixteen bytes) is still to be left alone.
+struct AsyncMatrix {
+  const Inst* inst;
+  u32 group, clock;                // of wgmma.commit_group; the warp's when it was issued
+  std::vector<u32> seen, proxied;  // what the warp knew then
+  std::vector<u32> chunk;
 };
 
 struct Warp {
@@ -213,6 +223,11 @@ struct Warp {
   u32 carry = 0;
   u32 commit[32] = {};
   std::vector<AsyncCopy> copies;
+  std::vector<AsyncMatrix> matrices;  // the first `matrices_pending` are in flight, the rest spare
+  size_t matrices_pending = 0;
+  u32 matrix_commits = 0, matrix_landed = 0;       // groups of wgmma committed, and waited for
+  u32 matrix_step = 0, matrix_fence = 0;           // order of register accesses and wgmma.fence
+  std::vector<u32> matrix_touched, matrix_flight;  // by register that some wgmma uses
   // race detection
   u32 clock = 1;
   Clock seen;    // what happened before this warp's next instruction
@@ -244,8 +259,9 @@ struct SharedRecord {
   u32 read_clock[2], read_inst[2];
   u16 write_warp, read_warp[2];
   u8 write_lane, read_lane[2];
-  u8 strong;  // bit 0: the write, 1 and 2: the reads
+  u8 strong;  // bit 0: the write, 1 and 2: the reads; bit 3: cp.async wrote
 };
+constexpr u8 kWrittenAsync = 8;
 
 struct ThreadBlock {
   u32 linear = 0, id[3] = {};
@@ -268,6 +284,8 @@ struct ThreadBlock {
 inline void join(Clock& a, const Clock& b) {
   if (a.own.size() < b.own.size()) a.own.resize(b.own.size(), 0);
   for (size_t k = 0; k < b.own.size(); k++) a.own[k] = std::max(a.own[k], b.own[k]);
+  if (a.proxied.size() < b.proxied.size()) a.proxied.resize(b.proxied.size(), 0);
+  for (size_t k = 0; k < b.proxied.size(); k++) a.proxied[k] = std::max(a.proxied[k], b.proxied[k]);
   if (b.foreign && a.foreign != b.foreign) {
     if (!a.foreign) {
       a.foreign = b.foreign;

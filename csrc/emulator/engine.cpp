@@ -226,9 +226,13 @@ struct Engine {
           b.local_states.empty() ? nullptr : b.local_states.data() + size_t(p.local_bytes) * 32 * k;
       std::memset(w.commit, 0, sizeof w.commit);
       w.copies.clear();
+      w.matrices_pending = 0;
+      w.matrix_commits = w.matrix_landed = w.matrix_step = w.matrix_fence = 0;
+      w.matrix_touched.clear();
+      w.matrix_flight.clear();
       w.clock = 1;
       w.has_fenced = w.has_pending = false;
-      if (m.checks & kRaces) w.seen = Clock{std::vector<u32>(n, 0), nullptr};
+      if (m.checks & kRaces) w.seen = Clock{std::vector<u32>(n, 0), {}, nullptr};
       fill(w, b);
     }
     for (u32 k = 0; k < n; k++) ready.push_back({&b, k});
@@ -273,7 +277,10 @@ struct Engine {
     ThreadBlock& b = *c.block;
     w.live &= ~mask;
     b.live_threads -= u32(std::popcount(mask));
-    if (!w.live) b.live_warps--;
+    if (!w.live) {
+      b.live_warps--;
+      land_matrices(c, 0, true);
+    }
     // Those that wait at a barrier of the whole block may now be all that are left.
     if (b.live_threads)
       for (u32 k = 0; k < 16; k++) {
@@ -360,10 +367,8 @@ struct Engine {
         u32 mask = active;
         if (i.guard >= 0) {
           mask &= w.pred[i.guard] ^ i.guard_xor;
-          if (m.checks & kCounts) {
-            Count& n = m.count(i);
-            n.threads += u32(std::popcount(mask));
-          }
+          if ((m.checks & kCounts) && !(i.flags & kUncounted))
+            m.count(i).threads += u32(std::popcount(mask));
           if (!mask) {
             if ((i.flags & kTaint) && i.taint >= 0) {
               c.mask = 0;
@@ -605,7 +610,7 @@ struct Engine {
         const Inst& i = p.inst[q];
         if (i.n == 0xfffffffeu) continue;  // an auxiliary of another instruction
         Count& n = g.counts[i.id];
-        if (i.flags & 128) continue;
+        if (i.flags & kUncounted) continue;
         n.warps += m.entries[size_t(k)];
         if (i.guard < 0)
           n.threads += m.lanes[size_t(k)];

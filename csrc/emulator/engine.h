@@ -37,6 +37,7 @@ enum Flag : u32 {
   kRelease = 16,
   kConst = 32,  // reads of constant or parameter memory
   kCheckAddress = 64,
+  kUncounted = 128,  // a part of another instruction, or a check
 };
 
 // One decoded instruction as Python writes it (numpy dtype INST in decode.py).
@@ -104,6 +105,9 @@ enum Kind : u32 {
   kAssert,
   kBadOperand,
   kRaceAsync,
+  kMatrixPending,
+  kMatrixFence,
+  kMatrixProxy,
 };
 
 struct Report {

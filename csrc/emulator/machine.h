@@ -201,7 +201,7 @@ struct Machine {
     if (now) {
       join(w.seen, k);
     } else {
-      if (!w.has_pending) w.pending = Clock{std::vector<u32>(w.seen.own.size(), 0), nullptr};
+      if (!w.has_pending) w.pending = Clock{std::vector<u32>(w.seen.own.size(), 0), {}, nullptr};
       join(w.pending, k);
       w.has_pending = true;
     }
@@ -226,6 +226,34 @@ struct Machine {
       r->other_block = c.block->linear;
       r->other_thread = other_warp * 32 + other_lane;
     }
+  }
+
+  // The shared memory that a wgmma read, once it was waited for: whatever was written meanwhile, or
+  // before without an order, races. Reads count as of now, since until now they went on. What was
+  // written by st must have been shown to the async proxy; cp.async's data is used without, by
+  // everybody's practice if not by PTX's letter.
+  void race_matrix(Ctx& c, const AsyncMatrix& x) {
+    const u32 g = u32(program.shared_granule), me = c.warp->index, now = c.warp->clock;
+    const Inst& i = *x.inst;
+    for (u32 address : x.chunk)
+      for (u32 k = address / g; k < (address + 16) / g; k++) {
+        SharedRecord& r = c.block->records[k];
+        if (r.write_clock) {
+          const u32 w = r.write_warp;
+          if (r.write_clock > (w == me ? x.clock : x.seen[w])) {
+            shared_race(c, i, 0, address, 16, false, kRaceShared, w, r.write_lane, r.write_inst);
+          } else if (!(r.strong & kWrittenAsync) &&
+                     (w >= x.proxied.size() || r.write_clock > x.proxied[w])) {
+            shared_race(c, i, 0, address, 16, false, kMatrixProxy, w, r.write_lane, r.write_inst);
+          }
+        }
+        int s = 0;
+        if (r.read_clock[0] && r.read_warp[0] != me) s = 1;
+        if (s == 1 && r.read_clock[1] && r.read_warp[1] != me) s = int(now & 1);
+        r.read_clock[s] = now, r.read_inst[s] = i.id, r.read_warp[s] = u16(me);
+        r.read_lane[s] = 0;
+        r.strong = u8(r.strong & ~(2 << s));
+      }
   }
 
   // Returns the lanes that write where another lane of this instruction writes as well.

@@ -570,7 +570,7 @@ inline void land_copies(Ctx& c, u32 keep, bool all) {
         for (u32 q = e.address[l] / g; q <= (e.address[l] + e.size - 1) / g; q++) {
           SharedRecord& r = c.block->records[q];
           r.write_clock = w.clock, r.write_warp = u16(w.index), r.write_lane = u8(l);
-          r.write_inst = e.id, r.strong = 0;
+          r.write_inst = e.id, r.strong = kWrittenAsync;
         }
       }
     }

@@ -37,6 +37,14 @@ void sync_ops(std::vector<Named>& t) {
   EMU_OP("bar.warp", op_bar_warp);
   EMU_OP("barrier", op_barrier);
   EMU_OP("fence", op_fence);
+  EMU_OP("fence.proxy", op_fence_proxy);
+  EMU_OP("wgmma.fence", op_wgmma_fence);
+  EMU_OP("wgmma.commit", op_wgmma_commit);
+  EMU_OP("wgmma.wait", op_wgmma_wait);
+  EMU_OP("wgmma.issue", op_wgmma_issue);
+  EMU_OP("wgmma.touch", op_wgmma_touch);
+  EMU_OP("wgmma.check_wait", op_wgmma_check_wait);
+  EMU_OP("wgmma.check_fence", op_wgmma_check_fence);
   EMU_OP("mbarrier", op_mbarrier);
   EMU_OP("bra", op_bra);
   EMU_OP("brx", op_brx);

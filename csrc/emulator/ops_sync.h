@@ -151,7 +151,7 @@ inline bool converged(Ctx& c, const Inst& i) { return c.mask == kFull || togethe
 
 inline void finish_barrier(Machine& m, ThreadBlock& b, Barrier& r, u32 number) {
   if (m.checks & kRaces) {
-    Clock all{std::vector<u32>(b.warp.size(), 0), nullptr};
+    Clock all{std::vector<u32>(b.warp.size(), 0), {}, nullptr};
     join(all, r.joined);
     for (u32 w = 0; w < b.warp.size(); w++)
       if (r.warps.size() > w && r.warps[w]) {
@@ -160,7 +160,7 @@ inline void finish_barrier(Machine& m, ThreadBlock& b, Barrier& r, u32 number) {
         // What each had fenced before the barrier, any of them may publish after it.
         if (r.has_fenced) {
           if (!b.warp[w].has_fenced)
-            b.warp[w].fenced = Clock{std::vector<u32>(b.warp.size(), 0), nullptr};
+            b.warp[w].fenced = Clock{std::vector<u32>(b.warp.size(), 0), {}, nullptr};
           join(b.warp[w].fenced, r.fenced);
           b.warp[w].has_fenced = true;
         }
@@ -254,6 +254,17 @@ inline void barrier_results(Machine& m, ThreadBlock& b, Barrier& r, u32 number) 
   (void)m;
 }
 
+inline int op_fence_proxy(Ctx& c, const Inst&) {  // fence.proxy.async
+  if (!(c.machine->checks & kRaces)) return kGo;
+  Warp& w = *c.warp;
+  const Clock now = c.machine->snapshot(c);
+  w.seen.proxied.resize(now.own.size(), 0);
+  for (size_t k = 0; k < now.own.size(); k++)
+    w.seen.proxied[k] = std::max(w.seen.proxied[k], now.own[k]);
+  w.clock++;
+  return kGo;
+}
+
 inline int op_fence(Ctx& c, const Inst& i) {  // imm: 0 the block's scope, 1 wider
   Machine& m = *c.machine;
   if (!(m.checks & kRaces)) return kGo;
@@ -267,6 +278,90 @@ inline int op_fence(Ctx& c, const Inst& i) {  // imm: 0 the block's scope, 1 wid
       w.has_pending = false;
     }
   }
+  return kGo;
+}
+
+// ------------------------------------------------------------------------------------------------
+// wgmma's order. It runs by itself until wgmma.wait_group: meanwhile nobody may touch its registers
+// or write to the shared memory that it reads; and a wgmma.fence must lie between other accesses of
+// its registers and it. The decoder finds where registers could be touched too early, and puts the
+// checks below there and only there: in a program without a doubt none of them is run.
+
+inline AsyncMatrix& begin_matrix(Ctx& c, const Inst& i) {
+  Warp& w = *c.warp;
+  if (w.matrices_pending == w.matrices.size()) w.matrices.emplace_back();
+  AsyncMatrix& x = w.matrices[w.matrices_pending++];
+  x.inst = &i;
+  x.group = w.matrix_commits;
+  x.clock = w.clock++;
+  x.seen = w.seen.own;
+  x.proxied = w.seen.proxied;
+  x.chunk.clear();
+  return x;
+}
+
+// The groups but the last `keep` are done; `all`: the warp has ended.
+inline void land_matrices(Ctx& c, u32 keep, bool all) {
+  Warp& w = *c.warp;
+  w.matrix_landed = std::max(w.matrix_landed, w.matrix_commits - std::min(keep, w.matrix_commits));
+  size_t left = 0;
+  for (size_t k = 0; k < w.matrices_pending; k++) {
+    if (all || w.matrices[k].group < w.matrix_landed)
+      c.machine->race_matrix(c, w.matrices[k]);
+    else
+      std::swap(w.matrices[left++], w.matrices[k]);
+  }
+  if (left != w.matrices_pending) w.clock++;
+  w.matrices_pending = left;
+}
+
+inline int op_wgmma_commit(Ctx& c, const Inst&) {
+  c.warp->matrix_commits++;
+  return kGo;
+}
+inline int op_wgmma_wait(Ctx& c, const Inst& i) {
+  land_matrices(c, u32(i.imm), false);
+  return kGo;
+}
+inline int op_wgmma_fence(Ctx& c, const Inst&) {
+  c.warp->matrix_fence = ++c.warp->matrix_step;
+  return kGo;
+}
+// list: the numbers of n registers
+inline u32& register_state(std::vector<u32>& v, s32 number) {
+  if (size_t(number) >= v.size()) v.resize(size_t(number) + 1, 0);
+  return v[size_t(number)];
+}
+inline int op_wgmma_issue(Ctx& c, const Inst& i) {
+  for (u32 k = 0; k < i.n; k++)
+    register_state(c.warp->matrix_flight, c.machine->program.lists[i.list + s32(k)]) =
+        c.warp->matrix_commits + 1;
+  return kGo;
+}
+inline int op_wgmma_touch(Ctx& c, const Inst& i) {
+  c.warp->matrix_step++;
+  for (u32 k = 0; k < i.n; k++)
+    register_state(c.warp->matrix_touched, c.machine->program.lists[i.list + s32(k)]) =
+        c.warp->matrix_step;
+  return kGo;
+}
+inline int op_wgmma_check_wait(Ctx& c, const Inst& i) {
+  if (!(c.machine->checks & kRaces)) return kGo;
+  for (u32 k = 0; k < i.n; k++)
+    if (register_state(c.warp->matrix_flight, c.machine->program.lists[i.list + s32(k)]) >
+        c.warp->matrix_landed) {
+      c.machine->report(c, i, kMatrixPending, lowest(c.mask));
+      break;
+    }
+  return kGo;
+}
+inline int op_wgmma_check_fence(Ctx& c, const Inst& i) {
+  if (!(c.machine->checks & kRaces)) return kGo;
+  bool bad = !c.warp->matrix_fence;
+  for (u32 k = 0; k < i.n; k++)
+    bad |= register_state(c.warp->matrix_touched, c.machine->program.lists[i.list + s32(k)]) >
+           c.warp->matrix_fence;
+  if (bad) c.machine->report(c, i, kMatrixFence, lowest(c.mask));
   return kGo;
 }
 

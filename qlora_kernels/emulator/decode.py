@@ -535,6 +535,7 @@ def decode(kernel: Kernel) -> Decoded:
             b.succ = [*b.succ, b.next]
     order = _order(blocks)
     position = {b: k for k, b in enumerate(order)}
+    code = emitter.out = watch_wgmma(code, blocks, order)
 
     # Liveness, by blocks, as bit sets
     regs: dict[str, int] = {}
@@ -775,6 +776,110 @@ def decode(kernel: Kernel) -> Decoded:
         uses_dynamic=emitter.uses_dynamic,
     )
     return result
+
+
+def watch_wgmma(code: list[Emitted], blocks: list[_Block], order: list[int]) -> list[Emitted]:
+    """Checks, put in where a register could be touched that a wgmma in flight uses, or where a
+    wgmma could use one that was touched since the last wgmma.fence. Along some path, that is: the
+    checks run with the kernel and find out. A kernel without such a place is returned as it is.
+
+    A state is (touched, flight): registers touched since the last fence, as bits; and those in use
+    by a wgmma after which so many groups were committed, flight[n] for n, the last for as many or
+    more."""
+    most = 9  # wait_group's operand is at most 7
+    number: dict[str, int] = {}
+    for e in code:
+        if e.op == "wgmma":
+            for x in e.items or ():
+                if isinstance(x, Reg):
+                    number.setdefault(x.name, len(number))
+    if not number:
+        return code
+
+    def registers(e: Emitted) -> int:
+        names = [x.name for x in e.items if isinstance(x, Reg)] if e.op == "wgmma" else None
+        m = 0
+        for name in names if names is not None else [*e.defs, *e.uses]:
+            if name in number:
+                m |= 1 << number[name]
+        return m
+
+    mine = [registers(e) for e in code]
+    State = tuple[int, tuple[int, ...]]
+
+    def step(k: int, state: State) -> State:
+        touched, flight = state
+        op = code[k].op
+        if op == "wgmma":
+            return touched, (flight[0] | mine[k], *flight[1:])
+        if op == "wgmma.fence":
+            return 0, flight
+        if op == "wgmma.commit":
+            return touched, (0, *flight[: most - 2], flight[most - 2] | flight[most - 1])
+        if op == "wgmma.wait":
+            return touched, tuple(f if n <= code[k].imm else 0 for n, f in enumerate(flight))
+        return touched | mine[k], flight
+
+    nothing: State = (0, (0,) * most)
+    entry: dict[int, State] = dict.fromkeys(order, nothing)
+    entry[order[0]] = ((1 << len(number)) - 1, nothing[1])
+    todo = list(order)
+    while todo:
+        b = todo.pop(0)
+        state = entry[b]
+        for k in range(blocks[b].start, blocks[b].end):
+            state = step(k, state)
+        for s in blocks[b].succ:
+            if s not in entry:
+                continue
+            old = entry[s]
+            new = (
+                old[0] | state[0],
+                tuple(x | y for x, y in zip(old[1], state[1], strict=True)),
+            )
+            if new != old:
+                entry[s] = new
+                if s not in todo:
+                    todo.append(s)
+
+    early, unfenced = set(), set()
+    for b in order:
+        state = entry[b]
+        for k in range(blocks[b].start, blocks[b].end):
+            flying = 0
+            for f in state[1]:
+                flying |= f
+            if code[k].op == "wgmma":
+                if state[0] & mine[k]:
+                    unfenced.add(k)
+            elif flying & mine[k]:
+                early.add(k)
+            state = step(k, state)
+    if not early and not unfenced:
+        return code
+
+    def watch(op: str, k: int) -> Emitted:
+        numbers = [n for n in range(len(number)) if mine[k] >> n & 1]
+        e = Emitted(op, code[k].row, list_values=numbers, n=len(numbers))
+        e.flags, e.guard, e.sync = UNCOUNTED, code[k].guard, code[k].sync
+        return e
+
+    out: list[Emitted] = []
+    for b in blocks:
+        start = len(out)
+        for k in range(b.start, b.end):
+            e = code[k]
+            if k in early:
+                out.append(watch("wgmma.check_wait", k))
+            if k in unfenced:
+                out.append(watch("wgmma.check_fence", k))
+            if e.op == "wgmma":
+                out.append(watch("wgmma.issue", k))
+            elif mine[k] and unfenced:
+                out.append(watch("wgmma.touch", k))
+            out.append(e)
+        b.start, b.end = start, len(out)
+    return out
 
 
 def taint(e: Emitted, r: Any, doubtful: set[str], index: Any, lists: list[int]) -> None:

@@ -1648,16 +1648,18 @@ class Emitter:
         e.parts = (nd, na, nb)
 
     def do_wgmma(self) -> None:
-        if self.take("fence", "commit_group", "wait_group"):
+        how = self.take("fence", "commit_group", "wait_group")
+        if how:
             self.take("sync")
             self.take("aligned")
-            self.put("nop")
+            engine = {"fence": "fence", "commit_group": "commit", "wait_group": "wait"}[how]
+            self.put(f"wgmma.{engine}", imm=self.ops[0].value if how == "wait_group" else 0)
             return
         if not self.has("mma_async"):
             raise self.error(f"{self.item.ins.opcode}: not executed")
         self.take("sync")
         self.take("aligned")
-        self.has("satfinite")
+        saturates = self.has("satfinite")
         shape = next((m for m in self.mods if m.startswith("m64n")), None)
         if shape is None:
             raise self.error(f"{self.item.ins.opcode}: no shape")
@@ -1676,7 +1678,7 @@ class Emitter:
         db = self.src(ops[2], "b64")
         p, negated = self.pred(ops[3])
         numbers = [x.value for x in ops[4:]]
-        imm = ea | acc << 8 | (0x10000 if negated else 0)
+        imm = ea | acc << 8 | (0x10000 if negated else 0) | (0x20000 if saturates else 0)
         if acc != 2:
             if numbers[0] == -1:
                 imm |= 0x1000
@@ -1817,8 +1819,9 @@ class Emitter:
 
     def do_fence(self) -> None:
         if self.take("proxy", "mbarrier_init"):
+            shows = any(m.split("::")[0] == "async" for m in self.mods)
             self.mods.clear()
-            self.put("nop")
+            self.put("fence.proxy" if shows else "nop")
             return
         self.take("sc", "acq_rel", "acquire", "release")
         scope = self.take(*_SCOPES)

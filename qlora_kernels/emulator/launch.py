@@ -92,6 +92,9 @@ KINDS = [
     "assertion failed",
     "invalid operand",
     "cp.async data overwritten before its wait",
+    "wgmma registers touched before wgmma.wait_group",
+    "wgmma without wgmma.fence",
+    "wgmma reads without fence.proxy.async",
 ]
 FATAL = {14, 17, 18, 20, 21}
 SPACES = ["global", "shared", "local", "parameter"]
@@ -978,6 +981,21 @@ def _explain(
         message = f"{verb} of {size} bytes at {place}, which a cp.async still writes"
     elif code == 23:
         message = f"write at {place}, to which a cp.async has not finished writing"
+    elif code == 24:
+        message = (
+            "a register that a wgmma.mma_async before still reads or writes: its group must be "
+            "committed and waited for (wgmma.commit_group, wgmma.wait_group)"
+        )
+    elif code == 25:
+        message = (
+            "a wgmma.fence must come before the first one, and between any other access of its "
+            "registers and it: there is none"
+        )
+    elif code == 26:
+        message = (
+            f"its operand at {place} was written by {other}, and no fence.proxy.async since lets "
+            "the tensor core see that"
+        )
     elif code == 12:
         message = "other threads of the warp are not at this barrier"
     elif code == 13:

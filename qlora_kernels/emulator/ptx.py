@@ -9,6 +9,7 @@ what they mean is `decode`'s business.
 from __future__ import annotations
 
 import bisect
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -265,6 +266,10 @@ class _Token:
     at: int
 
 
+def _path(first: str, second: str) -> str:
+    return os.path.normpath(os.path.join(first, second))
+
+
 class _Parser:
     def __init__(self, text: str) -> None:
         self.text = text
@@ -273,7 +278,10 @@ class _Parser:
         self.i = 0
         # nvcc lists its files at the end, after the lines that refer to them
         self.files = {
-            int(n): f for n, f in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"\n]*)"', text, re.M)
+            int(n): _path(first, second)
+            for n, first, second in re.findall(
+                r'^\s*\.file\s+(\d+)\s+"([^"\n]*)"(?:[ \t]+"([^"\n]*)")?', text, re.M
+            )
         }
         self.strings: dict[str, str] = {}
         self.version, self.target, self.address_size = "", "", 64
@@ -457,7 +465,10 @@ class _Parser:
     def file(self) -> None:
         self.take(".file")
         number = self.integer()
-        self.files[number] = self.take(kind="string").text[1:-1]
+        first, second = self.take(kind="string").text[1:-1], ""
+        if self.token.kind == "string":  # folder and name apart, as LLVM writes them in DWARF 5
+            second = self.take().text[1:-1]
+        self.files[number] = _path(first, second)
         while self.accept(","):
             self.take()
 
@@ -774,7 +785,9 @@ class _Parser:
                     self.integer()
             elif what == "inlined_at":
                 at = (self.integer(), self.integer(), self.integer())
-                inlined = self._calls.get(at) or Location(self.files.get(at[0], "?"), at[1], at[2])
+                inlined = self._calls.get(at) or Location(
+                    self.files.get(at[0], f"file {at[0]}"), at[1], at[2]
+                )
             else:
                 raise self.error(f"unexpected {what} in .loc")
         name = self.files.get(file, f"file {file}")

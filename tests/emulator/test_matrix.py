@@ -141,6 +141,70 @@ def test_mma_rounding_bound(t: str) -> None:
             assert abs(out[lane, i] - want[r, c]) <= 16 * 2.0**-24 * size[r, c]
 
 
+def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c with one rounding to fp32, for a product that is exact in float64: the sum's error
+    (Knuth's two-sum) is put into its last bit, which the rounding to fp32 then sees."""
+    p = a.astype(np.float64) * b
+    s = p + c
+    t = s - p
+    error = (p - (s - t)) + (c - t)
+    inexact = (error != 0) & np.isfinite(s)
+    toward = np.where(error > 0, np.inf, -np.inf)
+    odd = s.view(np.int64) & 1 == 1
+    return np.where(inexact & ~odd, np.nextafter(s, toward), s).astype(np.float32)
+
+
+def products(A: np.ndarray, B: np.ndarray, C: np.ndarray) -> np.ndarray:
+    """C + A B as the emulator defines it: one fma a product, in the order of k."""
+    D = C.astype(np.float32)
+    for k in range(A.shape[1]):
+        D = fma(A[:, k, None].astype(np.float32), B[None, k].astype(np.float32), D)
+    return D
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    """All NaNs are one: PTX's."""
+    return np.where(np.isnan(x), np.uint32(0x7FFFFFFF), x.view(np.uint32))
+
+
+def wild(rng: np.random.Generator, shape: tuple[int, ...], t: str) -> np.ndarray:
+    """Values of all sizes whose products stay within fp32; some zeros, infinities and NaNs."""
+    spread = {"bf16": 40, "tf32": 40, "f16": 14, "e4m3": 6, "e5m2": 12}[t]
+    x = rng.standard_normal(shape) * 2.0 ** rng.integers(-spread, spread, shape)
+    x[rng.random(shape) < 0.05] = 0
+    x[rng.random(shape) < 0.002] = np.nan
+    if t in ("bf16", "f16", "tf32"):
+        x[rng.random(shape) < 0.002] = np.inf
+    x = x.astype(DTYPES[t])
+    return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) if t == "tf32" else x
+
+
+@pytest.mark.parametrize(
+    "shape,ta,tb", [c[:3] for c in CASES if c[3] == "f32"], ids=lambda x: x if len(x) < 9 else ""
+)
+def test_mma_bit_for_bit(shape: str, ta: str, tb: str) -> None:
+    k = int(shape.split("k")[1])
+    per = {4: 1, 2: 2, 1: 4}[np.dtype(DTYPES[ta]).itemsize]
+    na, nb = 16 * k // 32 // per, 8 * k // 32 // per
+    module = mma_kernel(shape, ta, tb, "f32", na, nb, 4)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        A, B = wild(rng, (16, k), ta), wild(rng, (k, 8), tb)
+        C = rng.standard_normal((16, 8)).astype(np.float32)
+        fa, fb = np.zeros((32, na * per), A.dtype), np.zeros((32, nb * per), B.dtype)
+        fc, out, D = (np.zeros(s, np.float32) for s in ((32, 4), (32, 4), (16, 8)))
+        for lane in range(32):
+            fa[lane] = [A[a_index(lane, i, per, na)] for i in range(na * per)]
+            fb[lane] = [B[b_index(lane, i, per)] for i in range(nb * per)]
+            fc[lane] = [C[c_index(lane, i)] for i in range(4)]
+        emulate(module, 1, 32, [out, fa, fb, fc])
+        for lane in range(32):
+            for i in range(4):
+                D[c_index(lane, i)] = out[lane, i]
+        with np.errstate(all="ignore"):
+            assert np.array_equal(bits(D), bits(products(A, B, C)))
+
+
 def test_satfinite() -> None:
     module = mma_kernel("m16n8k32", "s8", "s8", "s32", 4, 2, 4)
     clamped = Module.from_ptx(module.text.replace(".row.col.s32", ".row.col.satfinite.s32"))
@@ -246,7 +310,7 @@ def wgmma_kernel(n: int, t: str, swizzle: int, mn_b: bool, a_in_registers: bool)
     fragment = "".join(f"ld.global.b32 %a{k}, [%rd8+{4 * k}];\n" for k in range(4))
     body = (
         f""".reg .b64 %rd<16>; .reg .b32 %r<16>; .reg .b32 %d<{nd}>; .reg .b32 %a<4>;
-        .reg .pred %p<2>;
+        .reg .pred %p<3>;
     .shared .align 1024 .b8 sa[{size_a}]; .shared .align 1024 .b8 sb[{size_b}];
     mov.u32 %r1, %tid.x; cvt.u64.u32 %rd1, %r1;
     ld.param.u64 %rd2, [p0]; ld.param.u64 %rd3, [p1]; ld.param.u64 %rd4, [p2];
@@ -309,6 +373,38 @@ def place(x: np.ndarray, swizzle: int, size: int, mn: bool, lead: int, stride: i
     return out
 
 
+def wgmma_tiles(
+    A: np.ndarray, B: np.ndarray, swizzle: int, mn_b: bool, a_in_registers: bool
+) -> list[np.ndarray]:
+    """The kernel's arguments: A as tile or fragments, B as a tile."""
+    n, rows = B.shape[1], swizzle or 16
+    per = rows // 2
+    lead_a, stride_a = (16, 8 * rows) if swizzle else (1024, 128)
+    if mn_b:
+        lead_b, stride_b = (16 * rows, 8 * rows) if swizzle else ((n // per) * 128, 128)
+    else:
+        lead_b, stride_b = (16, 8 * rows) if swizzle else (n * 16, 128)
+    size_a, size_b = 64 * max(rows, 32), n * 32 if mn_b else n * max(rows, 32)
+    if a_in_registers:
+        a = np.zeros((128, 8), A.dtype)
+        for lane in range(128):
+            for i in range(8):
+                r, k = a_index(lane % 32, i, 2, 4)
+                a[lane, i] = A[16 * (lane // 32) + r, k]
+    else:
+        a = place(A, swizzle, size_a, False, lead_a, stride_a)
+    return [a, place(B.T, swizzle, size_b, mn_b, lead_b, stride_b)]
+
+
+def wgmma_result(out: np.ndarray, n: int) -> np.ndarray:
+    D = np.zeros((64, n), np.float32)
+    for lane in range(128):
+        for i in range(n // 2):
+            r, c = c_index(lane % 32, i % 4)
+            D[16 * (lane // 32) + r, 8 * (i // 4) + c] = out[lane, i]
+    return D
+
+
 @pytest.mark.parametrize("a_in_registers", [False, True])
 @pytest.mark.parametrize("mn_b", [False, True])
 @pytest.mark.parametrize("swizzle", [0, 32, 64, 128])
@@ -319,40 +415,79 @@ def test_wgmma_against_matmul(
     rng = np.random.default_rng(0)
     A = rng.integers(-8, 9, (64, 16)).astype(DTYPES[t])
     B = rng.integers(-8, 9, (16, n)).astype(DTYPES[t])
-    text = wgmma_kernel(n, t, swizzle, mn_b, a_in_registers)
-    rows = swizzle or 16
-    per = rows // 2
-    lead_a, stride_a = (16, 8 * rows) if swizzle else (1024, 128)
-    if mn_b:
-        lead_b, stride_b = (16 * rows, 8 * rows) if swizzle else ((n // per) * 128, 128)
-    else:
-        lead_b, stride_b = (16, 8 * rows) if swizzle else (n * 16, 128)
-    size_a, size_b = 64 * max(rows, 32), n * 32 if mn_b else n * max(rows, 32)
-    if a_in_registers:
-        a = np.array(
-            [
-                [
-                    A[
-                        16 * (lane // 32) + a_index(lane % 32, i, 2, 4)[0],
-                        a_index(lane % 32, i, 2, 4)[1],
-                    ]
-                    for i in range(8)
-                ]
-                for lane in range(128)
-            ],
-            DTYPES[t],
-        )
-    else:
-        a = place(A, swizzle, size_a, False, lead_a, stride_a)
-    b = place(B.T, swizzle, size_b, mn_b, lead_b, stride_b)
+    module = Module.from_ptx(wgmma_kernel(n, t, swizzle, mn_b, a_in_registers))
     out = np.zeros((128, n // 2), np.float32)
-    emulate(Module.from_ptx(text), 1, 128, [out, a, b])
-    D = np.zeros((64, n))
-    for lane in range(128):
-        for i in range(n // 2):
-            r, c = c_index(lane % 32, i % 4)
-            D[16 * (lane // 32) + r, 8 * (i // 4) + c] = out[lane, i]
+    emulate(module, 1, 128, [out, *wgmma_tiles(A, B, swizzle, mn_b, a_in_registers)])
+    D = wgmma_result(out, n)
     assert np.array_equal(D, A.astype(np.float64) @ B.astype(np.float64) + 1)
+
+
+@pytest.mark.parametrize(
+    "n,t,mn_b",
+    [(8, "f16", False), (64, "bf16", False), (64, "f16", True), (128, "f16", False),
+     (256, "bf16", True)],
+)  # fmt: skip
+def test_wgmma_bit_for_bit(n: int, t: str, mn_b: bool) -> None:
+    rng = np.random.default_rng(n)
+    A, B = wild(rng, (64, 16), t), wild(rng, (16, n), t)
+    swizzle = 128 if n >= 64 else 32
+    module = Module.from_ptx(wgmma_kernel(n, t, swizzle, mn_b, n == 64))
+    out = np.zeros((128, n // 2), np.float32)
+    emulate(module, 1, 128, [out, *wgmma_tiles(A, B, swizzle, mn_b, n == 64)])
+    with np.errstate(all="ignore"):
+        want = products(A, B, np.ones((64, n), np.float32))
+    assert np.array_equal(bits(wgmma_result(out, n)), bits(want))
+
+
+FENCE = "wgmma.fence.sync.aligned;"
+WAIT = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
+MMA = r"wgmma.mma_async.*"
+PENDING, UNFENCED = "wgmma registers touched before wgmma.wait_group", "wgmma without wgmma.fence"
+PROXY = "wgmma reads without fence.proxy.async"
+# What is wrong, the text that is replaced and by what, the report and the start of its PTX line
+DISORDER = [
+    ("no wait", WAIT, "wgmma.commit_group.sync.aligned;", PENDING, "st.global"),
+    ("no commit", WAIT, "wgmma.wait_group.sync.aligned 0;", PENDING, "st.global"),
+    ("one group left", WAIT, WAIT.replace(" 0;", " 1;"), PENDING, "st.global"),
+    ("result moved", WAIT, "mov.b32 %d0, %d1; " + WAIT, PENDING, "mov.b32 %d0"),
+    ("no fence", FENCE, "", UNFENCED, "wgmma.mma"),
+    ("fence before the accumulators", "mov.b32 %d0, ", FENCE + "mov.b32 %d0, ", None, ""),
+    ("accumulator set after the fence", FENCE, FENCE + " mov.b32 %d5, 0;", UNFENCED, "wgmma.mma"),
+    ("no proxy fence", "fence.proxy.async.shared::cta;", "", PROXY, "wgmma.mma"),
+    ("proxy fence too early", "LC: bar.sync 0; fence.proxy.async.shared::cta;",
+     "LC: bar.sync 0; st.shared.b32 [%r2], 0; bar.sync 0;", PROXY, "wgmma.mma"),
+    ("no barrier", "bar.sync 0; fence", "fence", "race on shared memory", "wgmma.mma"),
+    ("tile overwritten in flight", WAIT, "wgmma.commit_group.sync.aligned; bar.sync 0;"
+     " st.shared.b32 [%r3], 0; wgmma.wait_group.sync.aligned 0;", "race on shared memory",
+     "wgmma.mma"),
+    ("tile overwritten after the wait", WAIT, WAIT + " st.shared.b32 [%r3], 0;",
+     "race on shared memory", "st.shared"),
+    ("tile overwritten after a barrier", WAIT, WAIT + " bar.sync 0; @%p2 st.shared.b32 [%r3], 0;",
+     None, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what,old,new,kind,line", DISORDER, ids=[d[0] for d in DISORDER])
+def test_wgmma_out_of_order_is_reported(
+    what: str, old: str, new: str, kind: str | None, line: str
+) -> None:
+    text = wgmma_kernel(64, "bf16", 128, False, False).replace(
+        "mov.u32 %r1, %tid.x;", "mov.u32 %r1, %tid.x; setp.eq.u32 %p2, %r1, 0;"
+    )
+    assert old in text
+    A, B = np.ones((64, 16), ml_dtypes.bfloat16), np.ones((16, 64), ml_dtypes.bfloat16)
+    args = [np.zeros((128, 32), np.float32), *wgmma_tiles(A, B, 128, False, False)]
+    assert emulate(Module.from_ptx(text), 1, 128, args).ok
+    for seed in range(3):
+        result = emulate(
+            Module.from_ptx(text.replace(old, new)), 1, 128, args, strict=False, seed=seed
+        )
+        if kind is None:
+            assert result.ok, str(result)
+        else:
+            found = [r for r in result.reports if r.kind == kind]
+            lines = [text.replace(old, new).split("\n")[r.ptx_line - 1] for r in found]
+            assert any(line in x for x in lines), f"{what}: {result}"
 
 
 def test_mma_of_part_of_a_warp_is_reported() -> None:
