@@ -21,6 +21,11 @@ float dot(const void*, DType, DType, const float*, int64_t);
 void pair_order(const void*, DType, DType, int64_t, int64_t, void*, bool);
 void decode(const LinearArgs&, int64_t, int64_t);
 void tile(const LinearArgs&, int64_t, int64_t);
+void rms_norm(const void*, const void*, DType, float, int64_t, int64_t, int64_t, void*, float*);
+void rms_norm_backward(const void*, const void*, const void*, DType, const float*, int64_t, int64_t,
+                       int64_t, void*);
+void swiglu(const void*, const void*, DType, int64_t, int64_t, void*);
+void swiglu_backward(const void*, const void*, const void*, DType, int64_t, int64_t, void*, void*);
 #if QLK_LEVEL == 3
 void decode_bf16(const LinearArgs&, int64_t, int64_t);
 void tile_bf16(const LinearArgs&, int64_t, int64_t);

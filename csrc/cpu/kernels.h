@@ -80,6 +80,17 @@ struct Kernels {
   void (*decode_bf16)(const LinearArgs& a, int64_t begin, int64_t end);
   void (*tile)(const LinearArgs& a, int64_t begin, int64_t end);
   void (*tile_bf16)(const LinearArgs& a, int64_t begin, int64_t end);
+
+  // activations.cpp. Rows [begin, end) of x [m, k]; rstd [m] is written, then read.
+  void (*rms_norm)(const void* x, const void* weight, DType dtype, float eps, int64_t k,
+                   int64_t begin, int64_t end, void* y, float* rstd);
+  void (*rms_norm_backward)(const void* dy, const void* x, const void* weight, DType dtype,
+                            const float* rstd, int64_t k, int64_t begin, int64_t end, void* dx);
+  // Elements [begin, end) of y = silu(gate) * up.
+  void (*swiglu)(const void* gate, const void* up, DType dtype, int64_t begin, int64_t end,
+                 void* y);
+  void (*swiglu_backward)(const void* dy, const void* gate, const void* up, DType dtype,
+                          int64_t begin, int64_t end, void* dgate, void* dup);
 };
 
 }  // namespace qlk

@@ -31,6 +31,10 @@ const Kernels kernels = {
 #else
     nullptr,
 #endif
+    rms_norm,
+    rms_norm_backward,
+    swiglu,
+    swiglu_backward,
 };
 
 }  // namespace QLK_ISA

@@ -53,6 +53,7 @@ class Options:
     too_long: str = _opt("truncate", "samples longer than max_length: truncate or drop")
     max_samples: int | None = _opt(None, "read no more samples than this")
     loss_chunk: int = _opt(0, "rows that the fused loss takes together; 0 lets it choose")
+    fuse_layers: bool = _opt(True, "RMSNorm and SwiGLU in one pass each, half their memory")
     max_memory_mb: int | None = _opt(None, "memory that the plan may use; all there is if left out")
     force: bool = _opt(False, "go on although the memory plan says that it will not fit")
     overwrite: bool = _opt(False, "delete another run that is in output_dir")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -286,17 +287,25 @@ class _Trace:
 
 
 def _trace(
-    model: Any, shape: StepShape, checkpointing: bool, accumulated: bool, optimizer: Any
+    model: Any,
+    shape: StepShape,
+    checkpointing: bool,
+    accumulated: bool,
+    optimizer: Any,
+    fused: bool,
 ) -> _Trace:
     """One optimizer step of ``model`` (on meta, spent afterwards) on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from ..activations import fuse, recompute
     from ..loss import install
 
     if checkpointing:
         model.activation_checkpointing_enable()
         model.enable_input_require_grads()
     install(model)
+    if fused:
+        fuse(model)
     model.train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -312,7 +321,8 @@ def _trace(
         with _Live([*model.parameters(), *model.buffers(), *inputs]) as live:
             for _ in range(2 if accumulated else 1):
                 before = live.live
-                loss = model(**batch).loss
+                with nullcontext() if checkpointing else recompute():
+                    loss = model(**batch).loss
                 saved = live.live - before
                 loss.backward()
                 del loss
@@ -359,6 +369,7 @@ def plan_memory(
     accumulation: int = 1,
     optimizer: tuple[Any, dict[str, Any]] | None = None,
     attention: str = "sdpa",
+    fused: bool = True,
     program: int | None = None,
     limit: tuple[int | None, str] | None = None,
 ) -> MemoryPlan:
@@ -375,6 +386,7 @@ def plan_memory(
         accumulation: micro-batches a step; with more than one, gradients are held throughout.
         optimizer: its class and keyword arguments; AdamW if None.
         attention: transformers' name of the implementation.
+        fused: whether :func:`qlora_kernels.activations.fuse` is applied.
         program: bytes of the process before; what is resident now if None.
         limit: what :func:`available_memory` says if None.
 
@@ -399,7 +411,7 @@ def plan_memory(
     depth = text.num_hidden_layers
     try:
         traces = [
-            _trace(build(n), shape, checkpointing, accumulation > 1, optimizer)
+            _trace(build(n), shape, checkpointing, accumulation > 1, optimizer, fused)
             for n in range(min(depth, 2), 0, -1)
         ]
         trace = traces[0] if depth <= 2 else traces[0].extended(traces[1], depth - 2)
