@@ -183,43 +183,23 @@ def run_peer(args: argparse.Namespace, dtype: str, quantized: bool, trl: bool) -
     """The model that bitsandbytes' and PEFT's documentation builds, under Trainer or TRL."""
     import torch
     from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoTokenizer
+
+    from qlora_kernels.finetune.peer import peer_model, peer_settings
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = []
     for line in args.data.read_text().splitlines():
         ids = tokenizer(json.loads(line)["text"])["input_ids"][: args.length]
         rows.append({"input_ids": ids, "labels": list(ids)})
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
-    if quantized:
-        options["device_map"] = {"": "cpu"}
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, dtype),
-        )
-    model = AutoModelForCausalLM.from_pretrained(args.model, **options)
-    model.requires_grad_(False)
-    lora = LoraConfig(
-        r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = get_peft_model(model, lora)
+    model = peer_model(
+        args.model, getattr(torch, dtype), rank=RANK, alpha=RANK, quantized=quantized
+    )
     with tempfile.TemporaryDirectory() as folder:
         common: dict[str, Any] = {
-            "output_dir": folder,
-            "max_steps": args.steps,
-            "per_device_train_batch_size": args.batch,
+            **peer_settings(folder, args.steps, args.batch, 1e-4),
             "train_sampling_strategy": "sequential",
-            "learning_rate": 1e-4,
             "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
             "use_cpu": True,
             "bf16": False,  # TRL would set autocast; the model is in its dtype already
             "gradient_checkpointing": False,

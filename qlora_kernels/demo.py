@@ -190,41 +190,19 @@ def _peer(config_file: Path, steps: int, say: Any) -> dict[str, Any] | None:
 
 def _run_peer(config_file: Path, steps: int) -> dict[str, Any]:
     """bitsandbytes + PEFT under transformers' Trainer on the first steps of the same run."""
-    import torch
-    from peft import LoraConfig, get_peft_model
     from torch.utils.data import DataLoader
-    from transformers import (
-        AutoModelForCausalLM,
-        BitsAndBytesConfig,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from .finetune.data import Collator, EpochSampler
+    from .finetune.peer import peer_model, peer_settings
     from .finetune.plan import peak_resident_memory
     from .integrations.transformers import default_dtype
 
     config = _resolved(config_file)
     data, tokenizer = _data(config)
-    dtype = default_dtype()
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model_name_or_path,
-        dtype=dtype,
-        device_map={"": "cpu"} if not torch.cuda.is_available() else None,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
+    model = peer_model(
+        config.model_name_or_path, default_dtype(), rank=config.r, alpha=config.lora_alpha
     )
-    model.requires_grad_(False)
-    lora = LoraConfig(
-        r=_RANK, lora_alpha=2 * _RANK, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(model, lora)
     batch = config.per_device_train_batch_size
     loader = DataLoader(
         data.train,
@@ -251,17 +229,8 @@ def _run_peer(config_file: Path, steps: int) -> dict[str, Any]:
             times.append(time.perf_counter() - self.begin)
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            learning_rate=5e-4,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
+        settings = peer_settings(folder, steps, batch, config.learning_rate)
+        arguments = TrainingArguments(**settings, logging_strategy="no")
         Peer(model, arguments, train_dataset=data.train, callbacks=[Clock()]).train()
     return {
         "tokens_per_second": sum(tokens[1:]) / sum(times[1:]),  # the first step warms up
