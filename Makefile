@@ -44,8 +44,9 @@ $(VENV)/dev.stamp: $(REQUIREMENTS) scripts/setup_venv.sh $(VENV)/demo.stamp
 	@PYTHON="$(PYTHON)" scripts/setup_venv.sh $(VENV) dev
 	@touch $@
 
-# The package itself, as a link to this folder; no build here, `make build` is quicker at it.
+# The package itself, as a link to this folder. pip builds it on the way and shows nothing of that.
 $(VENV)/package.stamp: pyproject.toml setup.py $(VENV)/demo.stamp
+	@echo "compiling the kernels (minutes the first time, seconds after a change) ..."
 	@$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
