@@ -20,7 +20,6 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in ops.FLOATS}
 # The key of a state's JSON: bitsandbytes' for what bitsandbytes reads, else one of our own.
 PEER_STATE, OWN_STATE = "quant_state.bitsandbytes__", "quant_state.qlora_kernels__"
 PEER_FORMATS, PEER_BLOCKSIZES = (formats.NF4, formats.FP4), formats.BLOCKSIZES[1:]
-_PEER_TYPES = tuple(fmt.name for fmt in PEER_FORMATS)
 
 
 @dataclass
@@ -79,7 +78,10 @@ class QuantState:
         return ops._scales(self.absmax, nested_absmax, nested_code, offset)
 
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
-        """The state as bitsandbytes writes it: tensors and, ``packed``, one JSON uint8 tensor."""
+        """The state as bitsandbytes writes it: tensors and, ``packed``, one JSON uint8 tensor (see
+        :func:`checkpoint_entries`)."""
+        if packed:
+            return dict(checkpoint_entries(self))
         d: dict[str, Any] = {
             "quant_type": self.quant_type,
             "absmax": self.absmax,
@@ -97,15 +99,7 @@ class QuantState:
                 nested_dtype=str(self.state2.dtype).removeprefix("torch."),
                 nested_offset=self.offset.item(),
             )
-        if not packed:
-            return d
-        tensors = {k: v for k, v in d.items() if isinstance(v, Tensor)}
-        rest = {k: v for k, v in d.items() if not isinstance(v, Tensor)}
-        text = json.dumps(rest).encode()
-        peers = self.quant_type in _PEER_TYPES and self.blocksize in PEER_BLOCKSIZES
-        prefix = PEER_STATE if peers else OWN_STATE
-        tensors[prefix + str(self.quant_type)] = torch.tensor(list(text), dtype=torch.uint8)
-        return tensors
+        return d
 
     @classmethod
     def from_dict(cls, qs_dict: dict[str, Any], device: torch.device | str = "cpu") -> QuantState:
@@ -123,14 +117,7 @@ class QuantState:
         if packed:
             if len(packed) > 1:
                 raise ValueError(f"two quantization states in one weight: {', '.join(packed)}")
-            raw = d.pop(packed[0])
-            try:
-                meta = json.loads(bytes(raw.to("cpu", torch.uint8).tolist()).decode())
-            except (ValueError, UnicodeDecodeError) as error:
-                raise ValueError(f"{packed[0]} is not the JSON that it must be: {error}") from None
-            if not isinstance(meta, dict):
-                raise ValueError(f"{packed[0]} must hold a JSON object, got {type(meta).__name__}")
-            d.update(meta)
+            d.update(read_json_entry(packed[0], d.pop(packed[0])))
         missing = [k for k in ("quant_type", "absmax", "blocksize", "dtype", "shape") if k not in d]
         if missing:
             raise ValueError(f"the quantization state lacks {', '.join(missing)}")
@@ -183,6 +170,74 @@ class QuantState:
         empty = torch.empty((count + 1) // 2, dtype=torch.uint8, device="meta")
         ops.check_weight((empty, *state.weight_args()), count)
         return state
+
+
+def checkpoint_entries(state: QuantState, fmt: Format | None = None) -> dict[str, Tensor]:
+    """The scales of one packed weight as tensors, for a state dict.
+
+    Keys, their order and the JSON's bytes are bitsandbytes' (read in its ``QuantState.as_dict``)::
+
+        absmax            uint8 [blocks] (nested) or fp32 [blocks]
+        quant_map         fp32 [16]
+        nested_absmax     fp32 [ceil(blocks / 256)]    nested only
+        nested_quant_map  fp32 [256]                   nested only
+        quant_state.bitsandbytes__nf4                  uint8, JSON in UTF-8: quant_type, blocksize,
+                          dtype, shape; nested: nested_blocksize, nested_dtype, nested_offset
+
+    bitsandbytes knows NF4 and FP4 at block sizes of 32 to 4096. Other formats and block sizes are
+    written in the same form under ``quant_state.qlora_kernels__<name>``, so that neither package
+    mistakes one for the other; a format whose thresholds are not the midpoints of its codebook also
+    puts ``thresholds`` (15 values, ties folded in) in the JSON. Dequantization needs ``quant_map``
+    alone.
+
+    Args:
+        fmt: the state's format, where more is known of it than its name; by name if None.
+    """
+    shape, code, state2, offset = state.shape, state.code, state.state2, state.offset
+    assert shape is not None and code is not None
+    if fmt is None:
+        try:
+            fmt = get_format(str(state.quant_type))
+        except FormatError:  # came with a checkpoint, and is not registered here
+            fmt = Format(str(state.quant_type), code.tolist())
+    info: dict[str, Any] = {
+        "quant_type": fmt.name,
+        "blocksize": state.blocksize,
+        "dtype": str(state.dtype).removeprefix("torch."),
+        "shape": list(shape),
+    }
+    # Tables are cloned: layers share them in memory, and safetensors refuses shared storage.
+    entries = {"absmax": state.absmax, "quant_map": code.clone()}
+    if state2 is not None:
+        assert state2.code is not None and offset is not None
+        entries["nested_absmax"] = state2.absmax
+        entries["nested_quant_map"] = state2.code.clone()
+        info["nested_blocksize"] = state2.blocksize
+        info["nested_dtype"] = "float32"
+        info["nested_offset"] = offset.item()
+    prefix = PEER_STATE
+    if fmt not in PEER_FORMATS or state.blocksize not in PEER_BLOCKSIZES:
+        prefix = OWN_STATE
+        if fmt.thresholds is not None or fmt.ties is not None:
+            info["thresholds"] = fmt.tables[1].tolist()
+    text = json.dumps(info).encode()
+    entries[prefix + fmt.name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return entries
+
+
+def read_json_entry(key: str, entry: Tensor) -> dict[str, Any]:
+    """The JSON of :func:`checkpoint_entries`.
+
+    Raises:
+        ValueError: it is not JSON, or not an object; the message begins with ``key``.
+    """
+    try:
+        info = json.loads(bytes(entry.to("cpu", torch.uint8).numpy().tobytes()).decode())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{key} is not JSON: {error}") from None
+    if not isinstance(info, dict):
+        raise ValueError(f"{key} holds {type(info).__name__}, not a JSON object")
+    return info
 
 
 def quantize_4bit(
@@ -381,6 +436,7 @@ __all__ = [
     "Format",
     "FormatError",
     "QuantState",
+    "checkpoint_entries",
     "dequantize_4bit",
     "linear_4bit",
     "matmul_4bit",

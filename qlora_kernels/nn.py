@@ -17,14 +17,13 @@ are *buffers*, so that ``prepare_model_for_kbit_training``, which casts paramete
 and ``_apply`` keeps both in their dtype through ``.to(bfloat16)`` and ``.half()``. Modules that
 share a weight share the parameter *and the dict of buffers*, so that moving one moves all.
 
-In a state dict they take bitsandbytes' key names (see :func:`checkpoint_entries`).
+In a state dict they take bitsandbytes' key names (see :func:`~.functional.checkpoint_entries`).
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-import json
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -52,7 +51,6 @@ __all__ = [
     "LoraSpec",
     "MergeReport",
     "ReplacementReport",
-    "checkpoint_entries",
     "lora_projection",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
@@ -71,59 +69,13 @@ class CheckpointError(ValueError):
 
 # --- the checkpoint form ------------------------------------------------------------------------
 
-# What bitsandbytes does not read takes the same entries under a key of our own (F4.OWN_STATE), so
-# that neither package mistakes one for the other.
 _TENSOR_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-
-
-def checkpoint_entries(state: F4.QuantState, fmt: Format) -> dict[str, Tensor]:
-    """The scales of one packed weight as tensors, for a state dict.
-
-    Keys, their order and the JSON's bytes are bitsandbytes' (read in its ``QuantState.as_dict``)::
-
-        absmax            uint8 [blocks] (nested) or fp32 [blocks]
-        quant_map         fp32 [16]
-        nested_absmax     fp32 [ceil(blocks / 256)]    nested only
-        nested_quant_map  fp32 [256]                   nested only
-        quant_state.bitsandbytes__nf4                  uint8, JSON in UTF-8: quant_type, blocksize,
-                          dtype, shape; nested: nested_blocksize, nested_dtype, nested_offset
-
-    bitsandbytes knows NF4 and FP4 at block sizes of 32 to 4096. Other formats and block sizes are
-    written in the same form under ``quant_state.qlora_kernels__<name>``; a format whose thresholds
-    are not the midpoints of its codebook also puts ``thresholds`` (15 values, ties folded in) in
-    the JSON. Dequantization needs ``quant_map`` alone.
-    """
-    shape, code, state2, offset = state.shape, state.code, state.state2, state.offset
-    assert shape is not None and code is not None
-    info: dict[str, Any] = {
-        "quant_type": fmt.name,
-        "blocksize": state.blocksize,
-        "dtype": str(state.dtype).removeprefix("torch."),
-        "shape": list(shape),
-    }
-    # Tables are cloned: layers share them in memory, and safetensors refuses shared storage.
-    entries = {"absmax": state.absmax, "quant_map": code.clone()}
-    if state2 is not None:
-        assert state2.code is not None and offset is not None
-        entries["nested_absmax"] = state2.absmax
-        entries["nested_quant_map"] = state2.code.clone()
-        info["nested_blocksize"] = state2.blocksize
-        info["nested_dtype"] = "float32"
-        info["nested_offset"] = offset.item()
-    prefix = F4.PEER_STATE
-    if fmt not in F4.PEER_FORMATS or state.blocksize not in F4.PEER_BLOCKSIZES:
-        prefix = F4.OWN_STATE
-        if fmt.thresholds is not None or fmt.ties is not None:
-            info["thresholds"] = fmt.tables[1].tolist()
-    text = json.dumps(info).encode()
-    entries[prefix + fmt.name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return entries
 
 
 def read_checkpoint_entries(
     packed: Tensor, entries: dict[str, Tensor], shape: Sequence[int] | None, where: str
 ) -> tuple[Tensor, F4.QuantState, Format]:
-    """What :func:`checkpoint_entries` wrote, or bitsandbytes did, checked and taken apart.
+    """What :func:`~.functional.checkpoint_entries` or bitsandbytes wrote, checked and taken apart.
 
     Args:
         packed: the packed weight, of any shape and storage dtype: its bytes are what counts.
@@ -151,11 +103,9 @@ def read_checkpoint_entries(
         raise fail(f"has entries that belong to no 4-bit weight: {', '.join(surplus)}")
     key = keys[0]
     try:
-        info = json.loads(bytes(entries[key].cpu().numpy().tobytes()).decode())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise fail(f"weight.{key} is not JSON: {error}") from None
-    if not isinstance(info, dict):
-        raise fail(f"weight.{key} holds {type(info).__name__}, not a JSON object")
+        info = F4.read_json_entry(f"weight.{key}", entries[key])
+    except ValueError as error:
+        raise fail(str(error)) from None
 
     nested = "nested_absmax" in entries
     if "nested_offset" in info and not nested:
@@ -588,7 +538,7 @@ class Linear4bit(nn.Linear):
             destination.pop(prefix + name, None)
         # On meta there is no offset to write into the JSON: weight and bias stand for the rest.
         if self.weight.device.type != "meta":
-            for key, value in checkpoint_entries(self.quant_state, self._layout.fmt).items():
+            for key, value in F4.checkpoint_entries(self.quant_state, self._layout.fmt).items():
                 destination[f"{prefix}weight.{key}"] = value
 
     def _load_from_state_dict(
