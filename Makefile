@@ -92,7 +92,7 @@ test-full: lint types build
 # The kernels' own tests and the seeded walk of tests/native/sweep.py, on a build with ASan and UBSan.
 # `make test` has a short walk of it. Leaks are not looked for: Python frees little when it ends.
 # Left out: the peer at volume, whose billion comparisons say nothing about memory, and the compiler.
-SANITIZE_TESTS ?= tests/test_quantize.py tests/test_linear.py \
+SANITIZE_TESTS ?= tests/test_quantize.py tests/test_linear.py tests/test_activations.py \
 	-k "not test_peer_at_volume and not test_peer_small_and_hard and not compile and not export"
 compiler_file = $(shell $${CXX:-c++} -print-file-name=$(1))
 test-sanitize: setup build

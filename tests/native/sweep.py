@@ -21,6 +21,7 @@ import torch
 
 from qlora_kernels import cpu, formats, reference
 from qlora_kernels import functional as F4
+from qlora_kernels.activations import rms_norm, swiglu
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Odd counts, one block more or less, one value more: where tails begin and end.
@@ -118,6 +119,27 @@ def linear_both_ways(rng: random.Random) -> None:
         within(t.grad, want_grads[name], steps * sizes[name] + rounding + 1e-6, f"d{name} {what}")
 
 
+def between_layers(rng: random.Random) -> None:
+    """RMSNorm and SwiGLU: against the plain chains in float64, forward and backward."""
+    m, k, dtype = rng.choice((1, 2, 3, 40)), rng.choice(COUNTS[:-2]), rng.choice(FLOATS)
+    what = f"[{m}, {k}] {dtype}"
+    a, b = (torch.randn(m, k).to(dtype).requires_grad_() for _ in range(2))
+    w, dy = torch.randn(k).to(dtype), torch.randn(m, k).to(dtype)
+    a64, b64 = (t.detach().double().requires_grad_() for t in (a, b))
+    eps = 4 * torch.finfo(dtype).eps
+    for name, got, want, leaf in (
+        ("norm", rms_norm(a, w, 1e-2), w * a64 / (a64.pow(2).mean(-1, True) + 1e-2).sqrt(), "a"),
+        ("swiglu", swiglu(a, b), torch.nn.functional.silu(a64) * b64, "ab"),
+    ):
+        within(got.detach(), want.detach(), eps * (want.detach().abs() + 1), f"{name} {what}")
+        leaves, wide = ([a, b], [a64, b64]) if leaf == "ab" else ([a], [a64])
+        grads = torch.autograd.grad(got, leaves, dy)
+        wants = torch.autograd.grad(want, wide, dy.double())
+        for i, (g, g64) in enumerate(zip(grads, wants, strict=True)):
+            size = 100 * (1 + dy.double().abs().max() * (1 + w.double().abs().max()))
+            within(g, g64, eps * size * torch.ones_like(g64), f"gradient {i} of {name} {what}")
+
+
 def overrun() -> None:
     """Lets a kernel write one value too far: a sanitizer that is at work ends the process here."""
     packed, state = F4.quantize_4bit(torch.randn(65), blocksize=64, quant_type="nf4")
@@ -146,6 +168,7 @@ def main() -> int:
         for _ in range(options.rounds):
             quantize_and_back(rng)
             linear_both_ways(rng)
+            between_layers(rng)
         print(f"{isa}: {options.rounds} rounds", flush=True)
     return 0
 
