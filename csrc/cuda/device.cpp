@@ -63,16 +63,18 @@ Plan plan_for(int device, const Shape& shape) {
 }
 
 cudaError_t launch_linear(const LinearProblem& p, const Plan& plan, cudaStream_t stream) {
-  (void)p, (void)stream;
   switch (plan.route) {
+    case Route::gemm:
+      return launch_gemm_linear(p, plan, stream);
     default:
       return cudaErrorInvalidConfiguration;  // `large` is the caller's
   }
 }
 
 cudaError_t launch_input_grad(const InputGradProblem& p, const Plan& plan, cudaStream_t stream) {
-  (void)p, (void)stream;
   switch (plan.route) {
+    case Route::gemm:
+      return launch_gemm_input_grad(p, plan, stream);
     default:
       return cudaErrorInvalidConfiguration;
   }

@@ -252,6 +252,38 @@ def parameters_of(ptx: str, kernel: str) -> list[int]:
     return sizes
 
 
+_BRACES = re.compile(r"[{};]")
+
+
+@functools.lru_cache(maxsize=8)
+def _entries(ptx: str) -> list[tuple[str, int, int]]:
+    """Name, begin and end of each kernel, from its ``.entry`` to the brace that closes its body."""
+    found = []
+    end = 0
+    for entry in re.finditer(r"(?:\.(?:visible|weak|extern)\s+)*\.entry\s+([\w$]+)", ptx):
+        if entry.start() < end:
+            continue
+        depth = 0
+        for brace in _BRACES.finditer(ptx, entry.end()):
+            depth += {"{": 1, "}": -1, ";": 0}[brace[0]]
+            if depth == 0:  # the end of the body, or of a declaration
+                break
+        end = brace.end()
+        found.append((entry[1], entry.start(), end))
+    return found
+
+
+def only_kernel(ptx: str, kernel: str) -> str:
+    """The module without the other kernels: a library's PTX may be megabytes, of which a launch
+    needs a hundredth. What is left out becomes empty lines, so that a line keeps its number."""
+    parts, end = [], 0
+    for name, start, stop in _entries(ptx):
+        if name != kernel:
+            parts += [ptx[end:start], "\n" * ptx.count("\n", start, stop)]
+            end = stop
+    return "".join([*parts, ptx[end:]])
+
+
 def _compute(target: str) -> tuple[int, str]:
     match = re.fullmatch(r"sm_(\d+)([af]?)", target)
     return (int(match.group(1)), match.group(2)) if match else (0, "")
@@ -296,7 +328,7 @@ class _Module:
                     + f"; compile with -gencode arch=compute_{number},code=compute_{number} "
                     "or lower",
                 )
-            self.texts[kernel] = text
+            self.texts[kernel] = only_kernel(text, kernel)
         return self.texts[kernel]
 
     def initial(self, variable: str, size: int) -> bytes:

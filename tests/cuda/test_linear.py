@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_kernels import functional, reference
+from qlora_kernels import cuda, functional, reference
 
 ROUTES = ("decode_simt", "decode_mma", "gemm", "large")
 
@@ -218,6 +218,78 @@ def test_nothing_asked_and_no_rows(gpu) -> None:
     dx, da, db, ds = empty.backward(gpu)
     assert dx.shape == (0, 64) and ds.shape == (0, 8)
     assert da.shape == (8, 64) and not da.any() and db.shape == (32, 8) and not db.any()
+
+
+# Odd shapes on purpose: n that no tile divides, k that is no multiple of 64, of 32, of 2.
+SHAPES = [(11, 256), (129, 4160 - 32), (40, 100), (7, 33)]
+ROWS = {
+    "decode_simt": (1, 2, 3, 4),
+    "decode_mma": (1, 2, 4, 8, 9, 15),
+    "gemm": (16, 17, 33, 1),
+}
+
+
+def launched(gpu, route: str) -> bool:
+    """Whether a kernel of that route ran; a real GPU does not tell."""
+    return gpu.runtime is None or any(route.split("_")[0] in name for name in gpu.kernels)
+
+
+@pytest.fixture(params=[r for r in cuda.routes() if r != "large"])
+def route(request, gpu) -> str:
+    only(gpu, request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("rank", [0, 1, 24])
+@pytest.mark.parametrize("nested", [False, True], ids=["fp32", "nested"])
+def test_fused(gpu, route, rank, nested) -> None:
+    for i, m in enumerate(ROWS[route]):
+        n, k = SHAPES[i % len(SHAPES)]
+        case = Case(m, n, k, rank, bias=rank == 24, nested=nested)
+        case.check_forward(gpu)
+        case.check_backward(gpu)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("compute", COMPUTE, ids=str)
+@pytest.mark.parametrize("rank", [0, 1, 8, 24, 64, 256])
+@pytest.mark.parametrize("shape", [*SHAPES, (64, 512), (300, 192)], ids=str)
+@pytest.mark.parametrize("m", [*range(1, 10), 15, 16, 17, 33, 255])
+def test_fused_in_full(gpu, route, compute, rank, shape, m) -> None:
+    if route.startswith("decode") and m > 15:
+        pytest.skip("decode kernels take up to 15 rows")
+    for nested, blocksize in ((True, 64), (False, 32), (True, 128)):
+        case = Case(m, *shape, rank, True, nested, compute, blocksize=blocksize)
+        case.check_forward(gpu)
+        case.check_backward(gpu)
+
+
+@pytest.mark.parametrize("m", [1, 4, 16])
+def test_identity_exactly(gpu, route, m) -> None:
+    """x of unit vectors picks rows of the dequantized weight, dy of unit vectors its columns."""
+    if m > max(ROWS[route]):
+        pytest.skip(f"{route} does not take {m} rows")
+    case = Case(m, 96, 128)
+    w = case.w.to(torch.bfloat16)
+    for first in (0, 50, 96 - m):
+        case.x = torch.eye(128)[first : first + m].to(torch.bfloat16)
+        assert torch.equal(case.forward(gpu)[0], w[:, first : first + m].T)
+        case.dy = torch.eye(96)[first : first + m].to(torch.bfloat16)
+        assert torch.equal(case.backward(gpu)[0], w[first : first + m])
+    assert launched(gpu, route)
+
+
+def test_same_bits_in_every_order_of_warps_and_blocks(make_gpu, request) -> None:
+    """A few orders here, a hundred in the full run; results and gradients."""
+    for route in (r for r in cuda.routes() if r != "large"):
+        case = Case(ROWS[route][-1], 200, 512, 16, True)
+        results = []
+        for seed in range(3):
+            gpu = make_gpu(seed=seed)
+            only(gpu, route)
+            results.append((*case.forward(gpu), *case.backward(gpu)))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_leading_dimensions(gpu) -> None:

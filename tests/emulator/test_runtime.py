@@ -636,3 +636,27 @@ def test_a_kernel_is_compiled_for_what_the_device_can_run():
             y = np.zeros(1, np.int32)
             assert rt.lib.launch(rt.pointer(y)) == 0
             assert y[0] == expected
+
+
+def test_one_kernel_of_many_keeps_its_lines() -> None:
+    """What is parsed for a launch is that kernel's code, at the lines that the whole has it."""
+    text = """.version 9.0
+.target sm_80
+.global .b32 counter;
+.visible .entry first(.param .u64 p)
+{
+{ .reg .b32 %r<2>; }
+ret;
+}
+.weak .entry second()
+.maxntid 32, 1, 1
+{
+ret;
+}
+.func helper() { ret; }
+"""
+    found = runtime.only_kernel(text, "second")
+    assert found.splitlines()[8:] == text.splitlines()[8:]
+    assert found.splitlines()[:3] == text.splitlines()[:3]
+    assert "first" not in found and found.count("\n") == text.count("\n")
+    assert "second" not in runtime.only_kernel(text, "first")
