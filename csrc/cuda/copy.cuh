@@ -72,53 +72,66 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], uin
 }
 
 // Copies tiles of kRows rows of kChunks chunks, one after the other along a row-major matrix, by
-// all threads of a CTA. Rows past the matrix's last are copies of that one, for which results are
-// not stored; bytes past a row's end are zeros.
+// all threads of a CTA. Rows past the matrix's last are copies of it, for which results are not
+// stored; bytes past a row's end are zeros.
 template <int kThreads, int kRows, int kChunks>
 class TileCopy {
+ public:
   static constexpr int kRowsAtOnce = kThreads / kChunks;
+
+ private:
   static constexpr int kPasses = kRows < kRowsAtOnce ? 1 : kRows / kRowsAtOnce;
   static_assert(kThreads % kChunks == 0 && (kRows < kRowsAtOnce || kRows % kRowsAtOnce == 0),
                 "whole passes, or a part of one");
   static constexpr int kRowBytes = kChunks * kChunkBytes;
-
-  // The swizzle repeats every 8 rows, so that many passes have addresses of their own.
-  static constexpr int kPeriod = kRowsAtOnce >= 8 ? 1 : 8 / kRowsAtOnce;
+  // The swizzle repeats every 8 rows, a warp's order of them every 32: passes have addresses of
+  // their own until then.
+  static constexpr int kPeriod = kRowsAtOnce >= 32 ? 1 : kRowsAtOnce == 16 ? 2 : 8 / kRowsAtOnce;
+  static_assert(kRowsAtOnce >= 16 || kRowsAtOnce <= 8);
 
   const uint8_t* from_;  // this thread's chunk of the first row, first tile
-  int64_t left_;         // bytes from there to the end of a row
-  uint32_t to_[kPeriod], source_[kPasses];
+  int tiles_;            // of this thread's chunk that lie in the row
+  uint32_t to_[kPeriod];
+  uint32_t first_, step_, last_;  // bytes from from_ to the thread's first row, the next, the last
 
  public:
-  // The matrix's rows `row0` ... and bytes `byte0` ... of each; `row_at(i)` is the row, from row0,
-  // that the tile's row i holds. A tile's rows must lie within 4 GB.
-  template <class RowAt>
+  // The matrix's rows `row0` ... and bytes `byte0` ... of each. Pass i copies row `row` + i
+  // kRowsAtOnce (from row0) to the tile's row place_at(i). A tile's rows must lie within 4 GB.
+  template <class PlaceAt>
   __device__ __forceinline__ TileCopy(const void* matrix, int64_t rows, int64_t row_bytes,
-                                      int64_t row0, int64_t byte0, RowAt row_at) {
-    const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
+                                      int64_t row0, int64_t byte0, int row, PlaceAt place_at) {
+    const int chunk = threadIdx.x % kChunks;
     from_ = static_cast<const uint8_t*>(matrix) + row0 * row_bytes + byte0 + chunk * kChunkBytes;
-    left_ = row_bytes - byte0 - chunk * kChunkBytes;
+    tiles_ =
+        static_cast<int>((row_bytes - byte0 - chunk * kChunkBytes + kRowBytes - 1) / kRowBytes);
     asm("" : "+l"(from_));  // one sum, made once: else its terms are added up for each copy
-    const int last = static_cast<int>(min(rows - row0, int64_t{kRows})) - 1;
+    const auto bytes = static_cast<uint32_t>(row_bytes);
+    first_ = row * bytes, step_ = kRowsAtOnce * bytes;
+    last_ = static_cast<uint32_t>(min(rows - row0, int64_t{kRows}) - 1) * bytes;
 #pragma unroll
     for (int i = 0; i < kPeriod; ++i)
-      to_[i] = tile_chunk<kChunks>(row + i * kRowsAtOnce, chunk) * kChunkBytes;
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i)
-      source_[i] = static_cast<uint32_t>(min(row_at(row + i * kRowsAtOnce), last)) *
-                   static_cast<uint32_t>(row_bytes);
+      to_[i] = tile_chunk<kChunks>(place_at(i), chunk) * kChunkBytes;
   }
+  // Rows in the matrix's order.
+  __device__ __forceinline__ TileCopy(const void* matrix, int64_t rows, int64_t row_bytes,
+                                      int64_t row0, int64_t byte0)
+      : TileCopy(matrix, rows, row_bytes, row0, byte0, threadIdx.x / kChunks,
+                 [](int i) { return threadIdx.x / kChunks + i * kRowsAtOnce; }) {}
   // Starts on tile `index`, which goes to shared memory at `tile`.
   __device__ __forceinline__ void start(uint32_t tile, int index) const {
     if (kRows < kRowsAtOnce && threadIdx.x / kChunks >= kRows) return;
-    const int64_t byte = int64_t{index} * kRowBytes;
-    const bool inside = byte < left_;
-    const uint8_t* from = from_ + (inside ? byte : 0);
-    asm("" : "+l"(from));
+    const bool inside = index < tiles_;
+    const uint8_t* from = from_ + (inside ? int64_t{index} * kRowBytes : 0);
+    uint32_t source = first_;
+    // Opaque: known to be the same in every step, addresses would be kept, a register for each
+    // pass.
+    asm volatile("" : "+l"(from), "+r"(source));
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int block = i / kPeriod * kPeriod * kRowsAtOnce * kRowBytes;
-      copy_async(tile + to_[i % kPeriod] + block, from + source_[i], inside ? kChunkBytes : 0);
+      copy_async(tile + to_[i % kPeriod] + block, from + min(source, last_),
+                 inside ? kChunkBytes : 0);
+      source += step_;
     }
   }
 };

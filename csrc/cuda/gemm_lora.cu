@@ -157,15 +157,25 @@ __global__ void sum_splits(const float* partial, int splits, int64_t m, int64_t 
   const int64_t at = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kWidth;
   if (at >= m * n) return;
   float sum[kWidth] = {};
-#pragma unroll 4
-  for (int s = 0; s < splits; ++s) {
-    const float* from = partial + s * m * n + at;
-    if constexpr (kWidth == 4) {
-      const float4 v = *reinterpret_cast<const float4*>(from);
-      sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
-    } else {
-      sum[0] += *from;
+  constexpr int kAtOnce = 8;  // loads in flight; most launches have no more splits
+  for (int s = 0; s < splits; s += kAtOnce) {
+    float part[kAtOnce][kWidth];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (s + j >= splits) continue;
+      const float* from = partial + (s + j) * m * n + at;
+      if constexpr (kWidth == 4) {
+        const float4 v = *reinterpret_cast<const float4*>(from);
+        part[j][0] = v.x, part[j][1] = v.y, part[j][2] = v.z, part[j][3] = v.w;
+      } else {
+        part[j][0] = *from;
+      }
     }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i)
+        if (s + j < splits) sum[i] += part[j][i];
   }
   if (bias.data != nullptr) {
 #pragma unroll

@@ -26,13 +26,12 @@ constexpr GemmTile kAnywhereLinearTile = {64, 128, 64, 4, 1};
 constexpr GemmTile kAnywhereInputGradTile = {64, 32, 64, 4, 1};
 
 constexpr GemmTile kLinearTiles[] = {
-    {16, 128, 256, 4, 4},  {32, 128, 256, 4, 3}, {64, 128, 256, 4, 2},
-    {16, 128, 128, 4, 4},  {64, 128, 128, 4, 3}, {128, 128, 128, 4, 2},
-    {128, 256, 128, 8, 2}, {64, 128, 64, 4, 3},  kAnywhereLinearTile,
+    {16, 128, 256, 4, 2}, {32, 128, 256, 4, 2}, {16, 128, 128, 4, 3}, {64, 128, 128, 4, 3},
+    {96, 128, 128, 4, 2}, {64, 128, 64, 4, 3},  kAnywhereLinearTile,
 };
 constexpr GemmTile kInputGradTiles[] = {
-    {16, 32, 256, 4, 4},  {32, 32, 256, 4, 4}, {64, 32, 256, 4, 3}, {64, 64, 256, 8, 2},
-    {128, 64, 256, 8, 3}, {64, 32, 128, 4, 3}, {64, 32, 64, 4, 3},  kAnywhereInputGradTile,
+    {16, 32, 256, 4, 3}, {32, 32, 256, 4, 3}, {64, 32, 256, 4, 3},    {128, 64, 256, 8, 3},
+    {64, 32, 128, 4, 3}, {64, 32, 64, 4, 3},  kAnywhereInputGradTile,
 };
 
 constexpr int kGemmRegisters = 255;  // a thread may have; a test holds the compiled ones below it
@@ -81,6 +80,11 @@ constexpr bool gemm_compiled(const Plan& p, const Shape& s) {
     for (const GemmTile& x : kInputGradTiles) listed = listed || x == t;
   }
   return listed && gemm_tile_fits(t, s);
+}
+
+// Splits that a launcher makes of `splits`, given the contraction's steps: none is empty.
+constexpr int gemm_splits(int splits, int64_t steps) {
+  return static_cast<int>(splits < steps ? splits : steps);
 }
 
 // Device memory, each part from a multiple of 256 bytes: partial y (fp32, a split each), partial S,
