@@ -2,29 +2,23 @@
 // looking up; what differs is where the table lies, and what it costs in issue slots and in passes
 // of shared memory for the 8 codes of a 32-bit word:
 //
-//   PairTable<T>      shared, 32 KB: a byte's two values as one bf16x2 or f16x2, 32 copies, so that
-//   lane
-//                     l reads bank l whatever the codes.      8 ALU + 4 LDS, 4 passes, values
-//                     unscaled
-//   FloatPairTable    shared, 32 KB: a byte's two values as two floats, 16 copies: an 8-byte access
-//   is
-//                     served by half warps.                   8 ALU + 4 LDS.64, 8 passes, unscaled
-//   RegisterTable<T>  8 registers: the values of one block, scaled and rounded, as two planes of
-//   bytes
-//                     that PRMT picks from.                   21 ALU, no shared memory, and 32 to
-//                     build
+//   PairTable<T>      a byte's two values as one bf16x2 or f16x2 in shared memory, 32 copies, so
+//                     that lane l reads bank l whatever the codes. 4 ALU, 4 LDS, 4 passes; unscaled
+//   FloatPairTable    a byte's two values as two floats, 16 copies: an 8-byte access is served by
+//                     half warps. 4 ALU, 4 LDS.64, 8 passes; unscaled
+//   RegisterTable<T>  one block's values in 8 registers, scaled and rounded, as two planes of bytes
+//                     that PRMT picks from. 21 ALU, no shared memory, and 32 to build
 //
 // A word holds 8 consecutive values, byte i the values 2i (its high nibble) and 2i + 1; a pair has
 // the earlier value in its low half, as matrix fragments want it. Which of these rounds what:
 //
-//   PairTable       codebook[q] to T, at most half an ulp of T. The codebook is first scaled by a
-//   power
-//                   of two, `unit`, that brings its largest magnitude into [1, 2): whatever its
-//                   range, f16 neither overflows nor loses more than 2^-25 of the largest. Scales
-//                   are divided by it (exactly, short of fp32's own limits). For a codebook in [-1,
-//                   1], unit is 1.
-//   FloatPairTable  nothing.
-//   RegisterTable   codebook[q] * scale to T, once: bit for bit what dequantize gives.
+//   PairTable         codebook[q] to T. The codebook is first scaled by a power of two, its unit,
+//                     that brings the largest magnitude into [1, 2): whatever its range, f16 does
+//                     not overflow, and loses no more than 2^-25 of the largest below 2^-14 of it.
+//                     Sums are divided by the unit (exactly, short of fp32's own limits); it is 1
+//                     for the usual codebooks.
+//   FloatPairTable    nothing
+//   RegisterTable     codebook[q] * scale to T, once: bit for bit what dequantize gives
 #pragma once
 #include <cstdint>
 
@@ -33,9 +27,17 @@
 
 namespace qlk::cuda {
 
+// Either table in shared memory has a row of 256 bytes for each byte of codes, so that one PRMT
+// makes an offset: the lane's column below, the byte above. The copies are the first half of a row;
+// the other half, the gap, is the kernel's to use: 32 KB in lines of 32 floats.
 constexpr int kPairs = 256;
-constexpr int kPairTableBytes = 32 << 10;  // of either table in shared memory
-constexpr int kPairRowLog2 = 7;            // 128 bytes: one entry, all its copies
+constexpr int kPairRow = 256;
+constexpr int kPairTableBytes = kPairs * kPairRow;
+constexpr int kGapFloats = 32;
+
+__device__ __forceinline__ float* table_gap(void* table, int line) {
+  return static_cast<float*>(table) + line * (kPairRow / 4) + kGapFloats;
+}
 
 // Two values, rounded to nearest even, as one register: the first in the low half.
 template <class T>
@@ -51,8 +53,8 @@ __device__ __forceinline__ uint32_t round_pair<__half>(float first, float second
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// 2^-floor(log2(max |codebook|)), the power of two that codes are multiplied by (and scales
-// divided). All lanes of a warp must call it.
+// 2^-floor(log2(max |codebook|)), the power of two that codes are multiplied by. All lanes of a
+// warp must call it.
 __device__ __forceinline__ float codebook_unit(const float* codebook) {
   float largest = fabsf(codebook[threadIdx.x % kCodebookSize]);
 #pragma unroll
@@ -62,13 +64,28 @@ __device__ __forceinline__ float codebook_unit(const float* codebook) {
   return __uint_as_float((254u - min(max(exponent, 1u), 253u)) << 23);
 }
 
-// The byte offset of byte `i` of a word in a table of 128-byte rows, with the lane's own column in
-// it.
+// 1 / unit, for a power of two whose inverse is a normal number.
+__device__ __forceinline__ float inverse_of_unit(float unit) {
+  return __uint_as_float((254u << 23) - __float_as_uint(unit));
+}
+
+// The byte offset of byte `i`'s row, with the lane's own column (below 256) in it.
 template <int i>
 __device__ __forceinline__ uint32_t pair_offset(uint32_t word, uint32_t column) {
-  constexpr int shift = 8 * i - kPairRowLog2;
-  constexpr uint32_t mask = (kPairs - 1) << kPairRowLog2;
-  return ((shift < 0 ? word << -shift : word >> shift) & mask) | column;
+  return __byte_perm(word, column, 0x5504 | i << 4);
+}
+
+// `entry(byte)` is the 16 bytes that fill the row of a byte. Two threads a row; a row's vectors are
+// stored in turn, each row beginning with another one, so that 8 lanes never meet in a bank.
+template <class Entry>
+__device__ __forceinline__ void fill_pair_table(void* shared, const Entry& entry) {
+  for (int i = threadIdx.x; i < 2 * kPairs; i += blockDim.x) {
+    const int row = i / 2, half = i % 2;
+    const uint4 vector = entry(static_cast<uint8_t>(row));
+    uint4* const out = static_cast<uint4*>(shared) + row * (kPairRow / 16) + 4 * half;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) out[(j + row) % 4] = vector;
+  }
 }
 
 template <class T>
@@ -79,16 +96,13 @@ struct PairTable {
   __device__ __forceinline__ explicit PairTable(const void* shared)
       : rows(static_cast<const char*>(shared)), column(threadIdx.x % 32 * 4) {}
 
-  // Filled by all threads of the block, who synchronise before the first look-up; the unit's
-  // inverse is what scales are multiplied by.
+  // Filled by all threads of the block, who synchronise before the first look-up.
   static __device__ __forceinline__ void fill(void* shared, const float* codebook, float unit) {
-    uint4* const out = static_cast<uint4*>(shared);
-    for (int i = threadIdx.x; i < kPairTableBytes / 16; i += blockDim.x) {
-      const uint8_t byte = i / 8;  // 8 vectors of 16 bytes hold one entry's copies
+    fill_pair_table(shared, [&](uint8_t byte) {
       const uint32_t pair = round_pair<T>(__fmul_rn(codebook[earlier_code(byte)], unit),
                                           __fmul_rn(codebook[later_code(byte)], unit));
-      out[i] = {pair, pair, pair, pair};
-    }
+      return uint4{pair, pair, pair, pair};
+    });
   }
 
   template <int i>
@@ -109,12 +123,11 @@ struct FloatPairTable {
       : rows(static_cast<const char*>(shared)), column(threadIdx.x % 16 * 8) {}
 
   static __device__ __forceinline__ void fill(void* shared, const float* codebook) {
-    float4* const out = static_cast<float4*>(shared);
-    for (int i = threadIdx.x; i < kPairTableBytes / 16; i += blockDim.x) {
-      const uint8_t byte = i / 8;
-      const float first = codebook[earlier_code(byte)], second = codebook[later_code(byte)];
-      out[i] = {first, second, first, second};
-    }
+    fill_pair_table(shared, [&](uint8_t byte) {
+      const uint32_t first = __float_as_uint(codebook[earlier_code(byte)]);
+      const uint32_t second = __float_as_uint(codebook[later_code(byte)]);
+      return uint4{first, second, first, second};
+    });
   }
 
   template <int i>

@@ -1,16 +1,16 @@
 // What the decode kernels (few rows of x) were compiled for, and what each costs: plain C++, so
 // that the choice among them can be read, printed and tested anywhere.
 //
-//   decode_mma   forward   a CTA has tile_n rows of W and all of K, 64 rows at a time; its 16 warps
+//   decode_mma   forward   a CTA has tile_n rows of W and all of K, 64 rows at a time; its warps
 //   cut
-//                          K among themselves. No split over CTAs: rows are cut as finely as SMs
-//                          ask.
+//                          K among themselves. Nothing is split over CTAs: rows are cut as finely
+//                          as SMs ask.
 //                dx        a CTA has tile_n rows of W in one band of 128 columns (or the end of one
 //                          band and the start of the next); `splits` CTAs at most share a band.
-//                          Taken where k is a multiple of 64 and a block holds at least 64 values;
-//                          the launcher goes on to decode_simt's kernels where it is not.
-//   decode_simt  forward   m <= 3, k a multiple of 64, blocks of 64 and more: fp32 multiplies.
-//                any       one thread a weight, whatever m, k, blocksize and alignment.
+//                          Taken where decode_aligned() and, for dx, n is a multiple of 4; the
+//                          launcher goes on to the kernels for any shape where not.
+//   decode_simt  forward   m <= 3 and decode_aligned(): fp32 multiplies.
+//                any       a thread a weight, whatever m, k, blocksize and alignment.
 #pragma once
 #include <cstdint>
 
@@ -18,26 +18,29 @@
 
 namespace qlk::cuda {
 
-constexpr int kDecodeRows = 15;      // of x, at most
-constexpr int kDecodeSimtRows = 3;   // that the fp32 kernel keeps in registers
-constexpr int kDecodeWarps = 16;     // a CTA; one CTA a multiprocessor
+constexpr int kDecodeRows = 15;       // of x, at most
+constexpr int kDecodeSimtRows = 3;    // that the fp32 kernel keeps in registers
+constexpr int kDecodeWarps = 16;      // a CTA; one CTA a multiprocessor
+constexpr int kDecodeWideWarps = 12;  // decode_mma, forward, m > 8
+constexpr int decode_linear_warps(int64_t m) { return m > 8 ? kDecodeWideWarps : kDecodeWarps; }
 constexpr int kDecodeChunk = 64;     // values of a row of W that four lanes hold
 constexpr int kDecodeTileRows = 16;  // of W in a matrix instruction
 constexpr int kDecodePassTiles = 4;  // whose sums a warp holds
 constexpr int kDecodeBand = 128;     // columns of dx a CTA has at a time
 constexpr int kDecodeSimtBand = 256;
-constexpr int kDecodeRegisters = 128;
+constexpr int kDecodeRegisters = 168;   // 128 with 16 warps
 constexpr int kDecodeStagedRank = 256;  // up to here S lies in shared memory
 
-constexpr int kDecodeTableBytes = 33 << 10;  // the codebook's pairs, the nested code
+constexpr int kDecodeTableBytes = 64 << 10;       // the codebook's pairs; sums lie in its gaps
+constexpr int kDecodeCodeBytes = (1 << 10) + 16;  // the nested code, the codes' unit
 
 constexpr int64_t decode_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t decode_align(int64_t bytes) { return decode_ceil_div(bytes, 256) * 256; }
 
 // What the mma and fp32 kernels ask of a weight (launchers also look at pointers).
 constexpr bool decode_aligned(int64_t n, int64_t k, int block_log2) {
-  return k % kDecodeChunk == 0 && block_log2 >= 6 && k < (int64_t{1} << 26) &&
-         n * (k / kDecodeChunk) < (int64_t{1} << 31);
+  return k % kDecodeChunk == 0 && k >= 2 * kDecodeChunk && block_log2 >= 6 &&
+         k < (int64_t{1} << 26) && n * (k / kDecodeChunk) < (int64_t{1} << 31);
 }
 
 // Parts of the contraction of S or dS, summed where S is used.
@@ -48,12 +51,16 @@ constexpr int decode_lora_splits(int64_t contraction, int64_t rank) {
   return static_cast<int>(want < most ? want : most);
 }
 
+// S in shared memory, where it fits; for the fp32 kernel it lies in the table's gaps, so that
+// Turing's 64 KB are enough.
+constexpr int decode_staged_bytes(int64_t m, int64_t rank) {
+  return rank <= kDecodeStagedRank ? static_cast<int>(4 * m * rank) : 0;
+}
 constexpr int decode_shared_bytes(Route route, Pass pass, int64_t m, int64_t rank) {
-  const int columns = m > 8 ? 2 : 1;
-  int bytes = kDecodeTableBytes;
-  if (route == Route::decode_mma) bytes += 2 * kDecodeWarps * 512 * columns;
-  if (pass == Pass::forward && rank <= kDecodeStagedRank) bytes += static_cast<int>(4 * m * rank);
-  return bytes;
+  const int staged = pass == Pass::forward ? decode_staged_bytes(m, rank) : 0;
+  if (route == Route::decode_mma) return kDecodeTableBytes + kDecodeCodeBytes + staged;
+  if (pass == Pass::input_grad) return 0;
+  return m <= kDecodeSimtRows ? kDecodeTableBytes : staged;
 }
 constexpr int decode_shared_bytes(const Plan& p, const Shape& s) {
   return decode_shared_bytes(p.route, s.pass, s.m, s.rank);
@@ -91,7 +98,8 @@ constexpr Plan decode_plan(Route route, const Shape& s, int sms) {
   Plan p{};
   p.route = route;
   p.tile_m = s.m > 8 ? 16 : 8;
-  p.warps = kDecodeWarps;
+  p.warps = route == Route::decode_mma && s.pass == Pass::forward ? decode_linear_warps(s.m)
+                                                                  : kDecodeWarps;
   p.stages = 1;
   p.splits = 1;
   if (s.pass == Pass::forward) {
