@@ -92,7 +92,10 @@ class TileCopy {
   const uint8_t* from_;  // this thread's chunk of the first row, first tile
   int tiles_;            // of this thread's chunk that lie in the row
   uint32_t to_[kPeriod];
-  uint32_t first_, step_, last_;  // bytes from from_ to the thread's first row, the next, the last
+  // Bytes from from_ to the rows that this thread copies: kept where they are few, else worked out
+  // in each step.
+  static constexpr bool kKept = kPasses <= 8;
+  uint32_t source_[kKept ? kPasses : 1], step_, last_;
 
  public:
   // The matrix's rows `row0` ... and bytes `byte0` ... of each. Pass i copies row `row` + i
@@ -106,8 +109,11 @@ class TileCopy {
         static_cast<int>((row_bytes - byte0 - chunk * kChunkBytes + kRowBytes - 1) / kRowBytes);
     asm("" : "+l"(from_));  // one sum, made once: else its terms are added up for each copy
     const auto bytes = static_cast<uint32_t>(row_bytes);
-    first_ = row * bytes, step_ = kRowsAtOnce * bytes;
+    step_ = kRowsAtOnce * bytes;
     last_ = static_cast<uint32_t>(min(rows - row0, int64_t{kRows}) - 1) * bytes;
+#pragma unroll
+    for (int i = 0; i < (kKept ? kPasses : 1); ++i)
+      source_[i] = kKept ? min(row * bytes + i * step_, last_) : row * bytes;
 #pragma unroll
     for (int i = 0; i < kPeriod; ++i)
       to_[i] = tile_chunk<kChunks>(place_at(i), chunk) * kChunkBytes;
@@ -122,14 +128,14 @@ class TileCopy {
     if (kRows < kRowsAtOnce && threadIdx.x / kChunks >= kRows) return;
     const bool inside = index < tiles_;
     const uint8_t* from = from_ + (inside ? int64_t{index} * kRowBytes : 0);
-    uint32_t source = first_;
-    // Opaque: known to be the same in every step, addresses would be kept, a register for each
-    // pass.
+    uint32_t source = source_[0];
+    // Opaque: the compiler would keep what it adds up below, a register for each pass.
     asm volatile("" : "+l"(from), "+r"(source));
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int block = i / kPeriod * kPeriod * kRowsAtOnce * kRowBytes;
-      copy_async(tile + to_[i % kPeriod] + block, from + min(source, last_),
+      copy_async(tile + to_[i % kPeriod] + block,
+                 from + (kKept ? source_[kKept ? i : 0] : min(source, last_)),
                  inside ? kChunkBytes : 0);
       source += step_;
     }
@@ -145,25 +151,28 @@ class RowCopy {
                 "whole passes, or a part of one");
 
   const uint8_t* from_;  // this thread's chunk of row 0
-  int64_t rows_, row_bytes_;
+  int last_;             // row
+  uint32_t row_bytes_;
   int bytes_;
 
  public:
   __device__ __forceinline__ RowCopy(const void* matrix, int64_t rows, int64_t row_bytes,
                                      int64_t byte0)
-      : rows_(rows), row_bytes_(row_bytes) {
+      : last_(static_cast<int>(rows - 1)), row_bytes_(static_cast<uint32_t>(row_bytes)) {
     const int64_t byte = byte0 + threadIdx.x % kChunks * kChunkBytes;
     bytes_ = byte < row_bytes ? kChunkBytes : 0;
     from_ = static_cast<const uint8_t*>(matrix) + (byte < row_bytes ? byte : 0);
+    asm("" : "+l"(from_));  // as in TileCopy
   }
-  __device__ __forceinline__ void start(uint32_t tile, int64_t first) const {
+  __device__ __forceinline__ void start(uint32_t tile, int first) const {
     const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
     if (kRows < kRowsAtOnce && row >= kRows) return;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int at = row + i * kRowsAtOnce;
+      const auto source = static_cast<uint32_t>(min(first + at, last_));
       copy_async(tile + tile_chunk<kChunks>(at, chunk) * kChunkBytes,
-                 from_ + min(first + at, rows_ - 1) * row_bytes_, bytes_);
+                 from_ + uint64_t{source} * row_bytes_, bytes_);
     }
   }
 };

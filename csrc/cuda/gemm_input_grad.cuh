@@ -169,7 +169,7 @@ struct InputGrad {
       const uint32_t stage = stages + step % kStages * kStageBytes;
       if (step < weight_steps) {
         dy_copy.start(stage, static_cast<int>(first) + step);
-        packed_copy.start(stage + kDyBytes, (first + step) * kTileN);
+        packed_copy.start(stage + kDyBytes, (static_cast<int>(first) + step) * kTileN);
       } else {
         ds_copy.start(stage, step - weight_steps);
       }
@@ -178,9 +178,10 @@ struct InputGrad {
     const int to_block = p.w.block_log2 - log2_of(kRun);
     const uint32_t run = static_cast<uint32_t>(k0 / kRun) + t;
     const int row = warp * 8 + g;
+    const int last_row = static_cast<int>(p.w.n - 1), row0 = static_cast<int>(first) * kTileN + row;
     const auto load_scale = [&](int step) {
-      const int64_t r = min((first + step) * kTileN + row, p.w.n - 1);
-      return load_scale_early(scales, (static_cast<uint32_t>(r) * runs_a_row + run) >> to_block,
+      const auto r = static_cast<uint32_t>(min(row0 + step * kTileN, last_row));
+      return load_scale_early(scales, (r * runs_a_row + run) >> to_block,
                               run < runs_a_row && step < weight_steps);
     };
     const uint32_t codes_at = Packed::address(stages + kDyBytes, row, t);

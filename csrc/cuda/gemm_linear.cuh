@@ -203,14 +203,17 @@ struct Linear {
     // Runs are counted through the whole weight.
     const auto runs_a_row = static_cast<uint32_t>(p.w.k / kRun);
     const int to_block = p.w.block_log2 - log2_of(kRun);
-    const auto row = static_cast<uint32_t>(n0) + warp * kWarpRows + g * kGroups;
+    uint32_t first_run[kGroups];
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j)
+      first_run[j] =
+          static_cast<uint32_t>(min(n0 + warp * kWarpRows + g * kGroups + j, p.w.n - 1)) *
+          runs_a_row;
     const auto load_scales = [&](PendingScale<kind>(&out)[kGroups], int step) {
       const uint32_t run = static_cast<uint32_t>(first + step) * 4 + t;
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-        const uint32_t at = min(row + j, static_cast<uint32_t>(p.w.n) - 1) * runs_a_row + run;
-        out[j] = load_scale_early(scales, at >> to_block, run < runs_a_row);
-      }
+      for (int j = 0; j < kGroups; ++j)
+        out[j] = load_scale_early(scales, (first_run[j] + run) >> to_block, run < runs_a_row);
     };
     const uint32_t x_first = x_run(tiles, g, t);
     const uint32_t codes_first = Packed::address(tiles + kXBytes, warp * kWarpRows + g, t);

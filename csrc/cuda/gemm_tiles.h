@@ -30,7 +30,7 @@ constexpr GemmTile kLinearTiles[] = {
     {96, 128, 128, 4, 2}, {64, 128, 64, 4, 3},  kAnywhereLinearTile,
 };
 constexpr GemmTile kInputGradTiles[] = {
-    {16, 32, 256, 4, 3}, {32, 32, 256, 4, 3}, {64, 32, 256, 4, 3},    {128, 64, 256, 8, 3},
+    {16, 32, 256, 4, 4}, {32, 32, 256, 4, 3}, {64, 32, 256, 4, 4},    {128, 64, 256, 8, 3},
     {64, 32, 128, 4, 3}, {64, 32, 64, 4, 3},  kAnywhereInputGradTile,
 };
 
