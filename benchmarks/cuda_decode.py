@@ -1,0 +1,175 @@
+"""What the decode kernels cost, counted in the emulator, and the times that a model makes of it.
+
+One block of each launch is executed on the shapes of LLaMA 7B and 70B, by the real launcher, and
+stands for the others. Issue slots are what a lane has for 8 weights while the weights stream at the
+data sheet's bandwidth. For each number of rows and pass:
+
+    loop     SASS of the main loop for 8 weights, everything in it counted
+    all      SASS of all launches of the step (LoRA's, the prologue, sums) for 8 weights
+    slots    all over the issue slots, and loop% the loop alone; beyond the bar marked !
+    shared   passes of shared memory and L1 cycles for 8 weights, over what there is time for
+    again    sectors of the weight that a block asked for over those that it needs
+    L2       bytes between blocks and L2 (L1 serving what a block reads again) / the weight's
+    us       modelled time, limit the weight's at the data sheet's bandwidth
+
+    python benchmarks/cuda_decode.py [--quick] [--devices a100 h100 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import harness
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "cuda"))
+
+from decode_launchers import MMA, SIMT, Launcher, Quantized, library
+
+from qlora_kernels import formats
+from qlora_kernels.emulator import devices, model, sass, toolchain
+from qlora_kernels.emulator.runtime import EmulatedRuntime
+
+SHAPES = {
+    "7B q": (4096, 4096), "7B up": (11008, 4096), "7B down": (4096, 11008),
+    "70B q": (8192, 8192), "70B k": (1024, 8192), "70B up": (28672, 8192),
+    "70B down": (8192, 28672),
+}  # fmt: skip
+# (rows, route, dx, rank)
+CASES = [
+    (1, SIMT, False, 0), (1, MMA, False, 0), (2, MMA, False, 0), (4, MMA, False, 0),
+    (8, MMA, False, 0), (15, MMA, False, 0), (1, MMA, False, 16), (8, MMA, False, 16),
+    (15, MMA, False, 16), (1, MMA, True, 0), (8, MMA, True, 0), (15, MMA, True, 0),
+]  # fmt: skip
+BAR = 0.75  # of the issue slots
+
+
+def weight(n: int, k: int) -> Quantized:
+    """Random bytes: counts do not depend on the values."""
+    blocks = n * k // 64
+    return Quantized(
+        torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8),
+        torch.randint(0, 256, (blocks,), dtype=torch.uint8),
+        formats.get_format("nf4").tensors()[0].clone(), 64, (n, k),
+        torch.rand(-(-blocks // 256)), formats.nested_code().clone(), torch.tensor([0.1]),
+    )  # fmt: skip
+
+
+def run(q: Quantized, device: str, rows: int, route: int, dx: bool, rank: int) -> list:
+    """The launches of one step, block 0 of each executed."""
+    n, k = q.shape
+    a = torch.randn(rank, k) if rank else None
+    b = torch.randn(n, rank) if rank else None
+    with EmulatedRuntime(device, library(), checks=("counts",), blocks=[0]) as rt:
+        launcher = Launcher(rt)
+        x = torch.randn(rows, n if dx else k).to(torch.bfloat16)
+        step = launcher.input_grad if dx else launcher.linear
+        return step(q, x, route, a=a, b=b).launches
+
+
+def measure(q: Quantized, key: str, rows: int, route: int, dx: bool, rank: int) -> dict:
+    device, (n, k) = devices.get_device(key), q.shape
+    eights = n * k / 8
+    loop = total = shared = l2 = seconds = kernel = 0.0
+    bound = ""
+    for launch in run(q, key, rows, route, dx, rank):
+        counts = launch.counts
+        cubin = toolchain.assemble(launch.ptx, device.target)
+        use = cubin.resources[launch.kernel]
+        function = sass.load(launch.ptx, device.target)[launch.kernel]
+        dynamic = function.dynamic(counts.by_ptx_line(), math.ceil(launch.threads / 32))
+        own = sum(32.0 * (r["distinct_read"] + r["sectors_written"]) for r in counts.regions)
+        work = model.work_of(
+            launch.name, dynamic, device, blocks=launch.blocks, threads=launch.threads,
+            registers=use.registers, shared=use.shared + launch.shared,
+            dram_read=0.0, dram_write=0.0, l2_bytes=own * launch.blocks,
+            wavefronts=model.wavefronts_of(counts, dynamic) * launch.blocks,
+            l1_cycles=model.l1_cycles_of(counts, device) * launch.blocks, emulated=1,
+        )  # fmt: skip
+        main = "decode_linear<" in launch.name or "decode_input_grad<" in launch.name
+        if main:
+            weights = n * k / 2 * (4.127 / 4)
+            work.dram_read = weights  # x, A, B and sums stay in L2
+            if dynamic.main_loop is not None:
+                loop = dynamic.per_item(eights / launch.blocks, dynamic.main_loop.blocks)
+            packed = next(r for r in counts.regions if r["name"] == "packed")
+            again = read_again(packed)
+            unexplained = dynamic.unexplained
+        total += dynamic.per_item(eights / launch.blocks)
+        clock_share = (work.wavefronts + work.l1_cycles) / (eights / 32)
+        shared += clock_share
+        l2 += own * launch.blocks
+        # Queued launches follow each other; a kernel without its weight is all latency.
+        modelled = model.model(work, device)
+        seconds += modelled.time
+        if main:
+            kernel, bound = modelled.kernel, modelled.bottleneck
+    slots = device.slots_per_8_weights()
+    return {
+        "loop": loop, "all": total, "slots": total / slots, "loop_slots": loop / slots,
+        "shared": shared / (slots / device.sm.issue), "again": again,
+        "l2": l2 / (n * k / 2), "microseconds": seconds * 1e6, "kernel": kernel * 1e6,
+        "limit": n * k * 4.127 / 8 / device.dram_bandwidth * 1e6, "bound": bound,
+        "unexplained": unexplained,
+    }  # fmt: skip
+
+
+def read_again(region: dict) -> float:
+    """Sectors of the packed weight that a block asked for, over those that it needs."""
+    return region["sectors_read"] / max(region["distinct_read"], 1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one shape, one device")
+    parser.add_argument("--devices", nargs="+", default=["a100", "h100", "h200", "rtx4090"])
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    missing = toolchain.available()
+    if missing:
+        print(missing)
+        return 0
+    args.threads = 1
+    if args.quick:
+        args.devices = args.devices[:1]
+    shapes = dict(list(SHAPES.items())[:1]) if args.quick else SHAPES
+    head = [
+        "case",
+        "loop",
+        "all",
+        "slots",
+        "loop%",
+        "shared",
+        "again",
+        "L2",
+        "us",
+        "limit",
+        "bound by",
+    ]
+    figures = []
+    for name, (n, k) in shapes.items():
+        q = weight(n, k)
+        for key in args.devices:
+            print(f"\n{name} {n} x {k} on {devices.get_device(key)} (modelled)")
+            rows = []
+            for m, route, dx, rank in CASES:
+                f = measure(q, key, m, route, dx, rank)
+                label = f"{'dx' if dx else 'y'} m={m} {'mma' if route == MMA else 'simt'}"
+                label += f" r={rank}" if rank else ""
+                figures.append({"shape": name, "n": n, "k": k, "device": key, "case": label, **f})
+                rows.append(
+                    [label, f"{f['loop']:.1f}", f"{f['all']:.1f}", f"{f['slots']:.0%}",
+                     f"{f['loop_slots']:.0%}" + ("!" if f["loop_slots"] > BAR else ""),
+                     f"{f['shared']:.0%}", f"{f['again']:.2f}", f"{f['l2']:.2f}",
+                     f"{f['microseconds']:.1f}", f"{f['limit']:.1f}", f["bound"]]
+                )  # fmt: skip
+            harness.print_table(head, rows)
+    harness.write_json(args, {"figures": figures})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
