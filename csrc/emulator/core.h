@@ -233,7 +233,8 @@ struct Warp {
   Clock seen;    // what happened before this warp's next instruction
   Clock fenced;  // as of its last fence: what a relaxed write publishes
   bool has_fenced = false;
-  Clock pending;  // what relaxed reads saw, taken in at the next fence
+  bool written = false;  // a plain write since then
+  Clock pending;         // what relaxed reads saw, taken in at the next fence
   bool has_pending = false;
   std::vector<u8> waits;  // scratch
 };

@@ -231,7 +231,7 @@ struct Engine {
       w.matrix_touched.clear();
       w.matrix_flight.clear();
       w.clock = 1;
-      w.has_fenced = w.has_pending = false;
+      w.has_fenced = w.has_pending = w.written = false;
       if (m.checks & kRaces) w.seen = Clock{std::vector<u32>(n, 0), {}, nullptr};
       fill(w, b);
     }
@@ -328,7 +328,6 @@ struct Engine {
     c.block = &b;
     c.machine = &m;
     c.taken = 0;
-    const Inst* const inst = p.inst;
     const Fn* const fn = m.fn.data();
     while (quantum--) {
       s32 at;
@@ -363,7 +362,7 @@ struct Engine {
       int r = kGo;
       s32 k = block.first;
       for (; k < block.last; k++) {
-        const Inst& i = inst[k];
+        const Inst& i = m.inst[k];
         u32 mask = active;
         if (i.guard >= 0) {
           mask &= w.pred[i.guard] ^ i.guard_xor;
@@ -394,8 +393,8 @@ struct Engine {
           break;
         case kBranch: {
           u32 taken = c.taken, rest = active & ~taken;
-          s32 to = s32(inst[k].imm);
-          if (m.checks & kCounts) m.count(inst[k]).taken += u32(std::popcount(taken));
+          s32 to = s32(m.inst[k].imm);
+          if (m.checks & kCounts) m.count(m.inst[k]).taken += u32(std::popcount(taken));
           if (!rest) {
             s->at = to;
           } else {
@@ -412,10 +411,10 @@ struct Engine {
           std::vector<Split> more;
           while (left) {
             s32 to, other;
-            branch_target(inst[k], u32(lowest(left)), c, to);
+            branch_target(m.inst[k], u32(lowest(left)), c, to);
             u32 same = 0;
             for (u32 q = left; q; q &= q - 1) {
-              branch_target(inst[k], u32(lowest(q)), c, other);
+              branch_target(m.inst[k], u32(lowest(q)), c, other);
               if (other == to) same |= 1u << lowest(q);
             }
             left &= ~same;
@@ -439,7 +438,7 @@ struct Engine {
         }
         case kWaitBarrier:
           s->wait = kAtBarrier;
-          s->barrier = u8(reg<u32>(c, inst[k].o[0])[lowest(c.mask)]);
+          s->barrier = u8(reg<u32>(c, m.inst[k].o[0])[lowest(c.mask)]);
           if (c.mask != active) {  // a guard kept some lanes from it
             s->mask = c.mask;
             s32 next = block.next;
@@ -470,7 +469,7 @@ struct Engine {
       if (!w.live) return false;
       if (m.launch.budget && m.executed > m.launch.budget) {
         Inst i{};
-        i.id = inst[block.first].id;
+        i.id = m.inst[block.first].id;
         m.report(c, i, kBudget, lowest(active));
         m.stopped = true;
         return false;

@@ -131,6 +131,7 @@ struct Program {
   s32 local_bytes, shared_granule, constant_bytes;
   s32 has_taint, n_taint_init;
   const s32* taint_init;  // taint indices that start undefined
+  const Inst* followed;   // inst, but undefined values are followed from shared memory on; or null
 };
 
 struct Launch {

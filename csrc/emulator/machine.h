@@ -58,10 +58,12 @@ struct Machine {
   std::unordered_map<u64, std::shared_ptr<const Foreign>> locations;
   std::unordered_map<u64, u64> reported;
   SmallSet set, set2;
-  bool woken = false;  // a barrier let warps go on
+  const Inst* inst;       // what runs: program.inst, or program.followed once that matters
+  bool suspects = false;  // shared memory was read that nobody had written
+  bool woken = false;     // a barrier let warps go on
 
   Machine(const Program& p, Launch& l)
-      : program(p), launch(l), checks(l.checks), rng(l.seed * 2 + 1) {
+      : program(p), launch(l), checks(l.checks), rng(l.seed * 2 + 1), inst(p.inst) {
     for (int k = 0; k < 8; k++) random();
   }
 
@@ -77,6 +79,11 @@ struct Machine {
 
   Report* report(Ctx& c, const Inst& i, u32 kind, int lane, u64 address = 0, u32 space = 0,
                  u32 size = 0, bool write = false) {
+    if (kind == kUninitRegister && suspects) {
+      for (u64 k = 0; k < launch.n_reports; k++)
+        if (launch.reports[k].kind == kUninitShared) launch.reports[k].extra = 0;
+      if (!program.n_taint_init) return nullptr;
+    }
     u64 key = u64(kind) << 32 | i.id;
     auto it = reported.find(key);
     if (it != reported.end()) {
@@ -102,6 +109,22 @@ struct Machine {
          1,
          0};
     return &r;
+  }
+
+  // Shared memory that nobody has written is read. Kernels do that on purpose (a row beyond the
+  // last, a stage beyond the end) and throw away what they made of it: so the read is only noted,
+  // and from here on undefined values are followed. If one of them decides anything, the read is
+  // reported.
+  void suspect(Ctx& c, const Inst& i, int lane, u32 address, u32 size) {
+    if (Report* r = report(c, i, kUninitShared, lane, address, kShared, size, false)) r->extra = 1;
+    suspects = true;
+    inst = program.followed;
+  }
+  const Inst& as_followed(const Inst& i) const {
+    const u64 offset =
+        reinterpret_cast<const char*>(&i) - reinterpret_cast<const char*>(program.inst);
+    const u64 k = offset / sizeof(Inst);  // `i` may be of another array, or a copy
+    return program.followed && k < u64(program.n_inst) ? program.followed[k] : i;
   }
 
   int find_region(u64 address, u32 row) {
@@ -176,14 +199,14 @@ struct Machine {
       auto it = c.block->locations.find(u32(address));
       if (reads && it != c.block->locations.end()) take(w, it->second, i.flags & kAcquire);
       if (writes && ((i.flags & kRelease) || w.has_fenced)) {
-        Clock k = i.flags & kRelease ? snapshot(c) : w.fenced;
+        Clock k = published(c, i);
         join(c.block->locations[u32(address)], k);
       }
     } else {
       auto it = locations.find(address);
       if (reads && it != locations.end()) take(w, locally(c, it->second), i.flags & kAcquire);
       if (writes && ((i.flags & kRelease) || w.has_fenced)) {
-        auto f = globally(c, i.flags & kRelease ? snapshot(c) : w.fenced);
+        auto f = globally(c, published(c, i));
         if (it != locations.end()) {
           auto merged = std::make_shared<Foreign>(*f);
           for (auto& [k, v] : *it->second) {
@@ -195,7 +218,16 @@ struct Machine {
         locations[address] = f;
       }
     }
-    if (i.flags & kRelease) w.clock++;
+    if (writes && ((i.flags & kRelease) || w.has_fenced)) w.clock++;
+  }
+  // What a strong write tells those who read it: all up to the last fence, and itself; which is to
+  // say, all of this warp's up to now, unless it wrote anything else since the fence.
+  Clock published(Ctx& c, const Inst& i) const {
+    const Warp& w = *c.warp;
+    if (i.flags & kRelease) return snapshot(c);
+    Clock k = w.fenced;
+    if (!w.written) k.own[w.index] = w.clock;
+    return k;
   }
   static void take(Warp& w, const Clock& k, bool now) {
     if (now) {
@@ -214,6 +246,7 @@ struct Machine {
     }
     w.fenced = snapshot(c);
     w.has_fenced = true;
+    w.written = false;
     w.clock++;
   }
 
@@ -260,6 +293,7 @@ struct Machine {
   u32 race_shared(Ctx& c, const Inst& i, const u32* address, u32 bytes, u32 mask, Access kind) {
     const u32 g = u32(program.shared_granule), me = c.warp->index, now = c.warp->clock;
     const bool strong = kind == kAtomic || (i.flags & kStrong), write = kind != kRead;
+    if (write && !strong) c.warp->written = true;
     const std::vector<u32>& seen = c.warp->seen.own;
     std::vector<SharedRecord>& records = c.block->records;
     for (u32 m = mask; m; m &= m - 1) {
@@ -332,6 +366,7 @@ struct Machine {
   u32 race_global(Ctx& c, const Inst& i, const u64* address, u32 bytes, u32 mask, Access kind) {
     const u32 me = global_id(c), now = c.warp->clock;
     const bool strong = kind == kAtomic || (i.flags & kStrong), write = kind != kRead;
+    if (write && !strong) c.warp->written = true;
     u32 twice = 0;
     serial++;
     for (u32 m = mask; m; m &= m - 1) {
@@ -476,7 +511,8 @@ enum TaintKind : s32 {
   kTaintMatrix = 3,
   kTaintWarp = 4,
   kTaintShuffle = 5,
-  kTaintAccumulate = 6
+  kTaintAccumulate = 6,
+  kTaintHalves = 7
 };
 
 inline void taint_step(Ctx& c, const Inst& i) {
@@ -494,11 +530,23 @@ inline void taint_step(Ctx& c, const Inst& i) {
     for (s32 k = 0; k < nd; k++) t[dst[k]] = (t[dst[k]] & (keep | ~c.mask)) | (bits & c.mask);
     return;
   }
-  if (kind == kTaintSelect) {  // d, (a, b, predicate)
-    u32 p = get_pred(c, i.o[3]) ^ (i.imm ? kFull : 0);
-    auto at = [&](s32 k) { return d[k] >= 0 ? t[d[k]] : 0; };
-    bits = (p & at(0)) | (~p & at(1)) | at(2);
-  } else if (kind != kTaintClear) {
+  auto at = [&](s32 k) { return d[k] >= 0 ? t[d[k]] : 0; };
+  u32 doubt = 0;
+  if (i.guard >= 0) doubt = t[c.machine->program.register_bytes / 128 + i.guard] & c.active;
+  if (kind == kTaintHalves || kind == kTaintSelect) {
+    u32 half[2] = {0, 0};
+    if (kind == kTaintHalves) {  // 64-bit registers, low and high half in turn
+      for (s32 k = 0; k < ns; k++) half[k & 1] |= at(k);
+    } else {  // d, (a, b, predicate), and the high halves of a and b
+      const u32 p = get_pred(c, i.o[3]) ^ (i.imm ? kFull : 0);
+      half[0] = (p & at(0)) | (~p & at(1)) | at(2);
+      if (ns > 3) half[1] = (p & at(3)) | (~p & at(4)) | at(2);
+    }
+    for (s32 k = 0; k < nd; k++)
+      if (dst[k] >= 0) t[dst[k]] = (t[dst[k]] & ~c.mask) | (half[k & 1] & c.mask) | doubt;
+    return;
+  }
+  if (kind != kTaintClear) {
     for (s32 k = 0; k < ns; k++) bits |= t[d[k]];
     if (kind == kTaintWarp) bits = bits & c.mask ? kFull : 0;
   }
@@ -527,8 +575,6 @@ inline void taint_step(Ctx& c, const Inst& i) {
     }
     return;
   }
-  u32 doubt = 0;
-  if (i.guard >= 0) doubt = t[c.machine->program.register_bytes / 128 + i.guard] & c.active;
   for (s32 k = 0; k < nd; k++) t[dst[k]] = (t[dst[k]] & ~c.mask) | (bits & c.mask) | doubt;
 }
 

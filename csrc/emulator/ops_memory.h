@@ -28,12 +28,27 @@ inline void check_defined(Ctx& c, const Inst& i, const s32* taint, s32 n) {
   }
 }
 
+// State of shared and local bytes: 1 never written, 2 written, 3 written with an undefined value, 4
+// a cp.async is on its way. `undefined`: lanes by word of four bytes, or null.
+inline void write_state(u8* s, u32 bytes, int lane, const u32* undefined) {
+  std::memset(s, 2, bytes);
+  if (!undefined) return;
+  for (u32 b = 0; b < bytes; b += 4)
+    if ((undefined[b / 4] >> lane) & 1) std::memset(s + b, 3, std::min(4u, bytes - b));
+}
+
 struct Access32 {
-  u32 mask;         // lanes that may go ahead
-  u32 twice;        // lanes that write where an earlier lane of the instruction wrote
-  u32 undefined;    // lanes that read something written with an undefined value
+  u32 mask;       // lanes that may go ahead
+  u32 twice;      // lanes that write where an earlier lane of the instruction wrote
+  u32 undefined;  // lanes that read something undefined; and by word of the access
+  u32 words[8];
   u64 address[32];  // of those in `twice`
   char* ptr[32];
+  void mark(int lane, u32 byte) {
+    if (!undefined) std::memset(words, 0, sizeof words);
+    undefined |= 1u << lane;
+    words[byte / 4] |= 1u << lane;
+  }
 };
 
 inline int highest(u32 m) { return 31 - std::countl_zero(m); }
@@ -44,7 +59,7 @@ inline int highest(u32 m) { return 31 - std::countl_zero(m); }
 }
 
 inline void touch_global(Ctx& c, const Inst& i, const u64* a, u32 bytes, u32 mask, Access how,
-                         u32 undefined, Access32& out) {
+                         const u32* undefined, Access32& out) {
   Machine& m = *c.machine;
   out.twice = out.undefined = 0;
   u64 or_all = 0, lo = ~0ull, hi = 0;
@@ -129,7 +144,7 @@ inline void touch_global(Ctx& c, const Inst& i, const u64* a, u32 bytes, u32 mas
 }
 
 inline void touch_shared(Ctx& c, const Inst& i, const u32* a, u32 bytes, u32 mask, Access how,
-                         u32 undefined, Access32& out) {
+                         const u32* undefined, Access32& out) {
   Machine& m = *c.machine;
   out.twice = out.undefined = 0;
   u32 ok = mask, total = m.launch.shared_total;
@@ -164,21 +179,23 @@ inline void touch_shared(Ctx& c, const Inst& i, const u32* a, u32 bytes, u32 mas
         for (u32 b = 0; b < bytes; b++)
           if (s[b] != 2) {
             if (s[b] == 3)
-              out.undefined |= 1u << l;
+              out.mark(l, b);
             else if (s[b] == 4)
               fault(c, i, kAsyncRead, l, a[l], kShared, bytes, how);
+            else if (how == kRead && m.program.followed)
+              m.suspect(c, i, l, a[l], bytes), out.mark(l, b);
             else
               fault(c, i, kUninitShared, l, a[l], kShared, bytes, how);
           }
       if (how != kRead) {
         if (s[0] == 4) fault(c, i, kRaceAsync, l, a[l], kShared, bytes, how);
-        std::memset(s, (undefined >> l) & 1 ? 3 : 2, bytes);
+        write_state(s, bytes, l, undefined);
       }
     }
 }
 
 inline void touch_local(Ctx& c, const Inst& i, const u32* a, u32 bytes, u32 mask, Access how,
-                        u32 undefined, Access32& out) {
+                        const u32* undefined, Access32& out) {
   Machine& m = *c.machine;
   out.twice = out.undefined = 0;
   u32 ok = mask, total = u32(m.program.local_bytes);
@@ -208,20 +225,20 @@ inline void touch_local(Ctx& c, const Inst& i, const u32* a, u32 bytes, u32 mask
       if (how != kWrite)
         for (u32 b = 0; b < bytes; b++) {
           if (s[b] == 3)
-            out.undefined |= 1u << l;
+            out.mark(l, b);
           else if (s[b] != 2) {
             fault(c, i, kUninitLocal, l, a[l], kLocal, bytes, how);
             break;
           }
         }
-      if (how != kRead) std::memset(s, (undefined >> l) & 1 ? 3 : 2, bytes);
+      if (how != kRead) write_state(s, bytes, l, undefined);
     }
 }
 
 // imm2: bit 0 a 64-bit address register, bits 1-2 the space (0 global, 1 shared, 2 local, 3
 // generic). Calls f(Access32&) once for each space that the lanes' addresses are in.
 template <class F>
-inline void access(Ctx& c, const Inst& i, s32 o, u32 bytes, Access how, u32 undefined, F f) {
+inline void access(Ctx& c, const Inst& i, s32 o, u32 bytes, Access how, const u32* undefined, F f) {
   alignas(64) u64 a[32];
   addresses(c, i, o, a);
   Access32 out;
@@ -293,7 +310,8 @@ int op_ld(Ctx& c, const Inst& i) {
   if (taint) {
     TaintView v = taint_view(c, i);
     check_defined(c, i, v.s, v.ns);
-    for (s32 k = 0; k < v.nd; k++) c.warp->taint[v.d[k]] &= ~c.mask;
+    for (s32 k = 0; k < v.nd; k++)
+      if (v.d[k] >= 0) c.warp->taint[v.d[k]] &= ~c.mask;
   }
   access(c, i, i.o[1], sizeof(T) * n, kRead, 0, [&](const Access32& a) {
     for (u32 k = 0; k < n; k++) {
@@ -314,9 +332,14 @@ int op_ld(Ctx& c, const Inst& i) {
         }
       }
     }
-    if (a.undefined && taint) {
-      TaintView v = taint_view(c, i);
-      for (s32 k = 0; k < v.nd; k++) c.warp->taint[v.d[k]] |= a.undefined;
+    const Inst& f = c.machine->as_followed(i);
+    if (a.undefined && (f.flags & kTaint)) {
+      TaintView v = taint_view(c, f);  // an entry a destination, two for 64 bits
+      constexpr u32 per = sizeof(S) / 4;
+      for (s32 k = 0; k < v.nd; k++)
+        if (v.d[k] >= 0)
+          c.warp->taint[v.d[k]] |= a.words[(u32(k) / per * sizeof(T) + u32(k) % per * 4) / 4 %
+                                           (sizeof(T) * n > 4 ? 8 : 1)];
     }
   });
   return kGo;
@@ -325,13 +348,20 @@ int op_ld(Ctx& c, const Inst& i) {
 template <class T, class S>
 int op_st(Ctx& c, const Inst& i) {
   const s32* list = c.machine->program.lists + i.list;
-  u32 n = i.n, undefined = 0;
+  u32 n = i.n, words[8] = {};
+  const u32* undefined = nullptr;
   if (i.flags & kTaint) {
     TaintView v = taint_view(c, i);
     bool global = ((i.imm2 >> 1) & 3) == 0;
     check_defined(c, i, v.s, global ? v.ns : 2);
-    if (!global)
-      for (s32 k = 2; k < v.ns; k++) undefined |= c.warp->taint[v.s[k]];
+    if (!global) {
+      constexpr u32 per = sizeof(Slot<S>) / 4;  // entries a value
+      for (s32 k = 2; k < v.ns; k++)
+        if (v.s[k] >= 0) {
+          words[(u32(k - 2) / per * sizeof(T) + u32(k - 2) % per * 4) / 4] |= c.warp->taint[v.s[k]];
+          undefined = words;
+        }
+    }
   }
   const Slot<S>* src[8];
   for (u32 k = 0; k < n; k++) src[k] = reg<Slot<S>>(c, list[k]);
@@ -626,13 +656,14 @@ int op_matrix(Ctx& c, const Inst& i) {
     TaintView v = taint_view(c, i);
     check_defined(c, i, v.s, 2);
     if (Store)
-      for (s32 k = 2; k < v.ns; k++) undefined |= c.warp->taint[v.s[k]];
-    for (s32 k = 0; k < v.nd; k++) c.warp->taint[v.d[k]] &= ~c.mask;
+      for (s32 k = 2; k < v.ns; k++)
+        if (v.s[k] >= 0) undefined |= c.warp->taint[v.s[k]];
+    for (s32 k = 0; k < v.nd; k++)
+      if (v.d[k] >= 0) c.warp->taint[v.d[k]] &= ~c.mask;
   }
-  // Each lane's pair belongs to row lane / 4; for undefinedness a row is taken as a whole.
-  u32 row_undefined = 0;
-  if (undefined) row_undefined = kFull;
-  touch_shared(c, i, b, 16, rows, Store ? kWrite : kRead, row_undefined, out);
+  // For undefinedness all that stmatrix stores is taken as a whole.
+  const u32 whole[4] = {kFull, kFull, kFull, kFull};
+  touch_shared(c, i, b, 16, rows, Store ? kWrite : kRead, undefined ? whole : nullptr, out);
   for (u32 k = 0; k < n; k++) {
     u16 tile[8][8];
     u32* r = reg<u32>(c, list[k]);
@@ -659,13 +690,15 @@ int op_matrix(Ctx& c, const Inst& i) {
         t[l] = trans ? u32(tile[2 * (l & 3)][l >> 2]) | u32(tile[2 * (l & 3) + 1][l >> 2]) << 16
                      : u32(tile[l >> 2][2 * (l & 3)]) | u32(tile[l >> 2][2 * (l & 3) + 1]) << 16;
       blend(r, t, c.mask);
-      if (out.undefined && (i.flags & kTaint)) {
-        TaintView v = taint_view(c, i);
+      const Inst& f = m.as_followed(i);
+      if (out.undefined && (f.flags & kTaint)) {
+        TaintView v = taint_view(c, f);
         u32 bits = 0;
         for (int row = 0; row < 8; row++)
-          if ((out.undefined >> (8 * k + row)) & 1)
-            bits |= trans ? 0x11111111u << (row / 2) : 15u << (4 * row);
-        c.warp->taint[v.d[k]] |= bits;
+          for (int word = 0; word < 4; word++)  // columns 2 word and the next
+            if ((out.words[word] >> (8 * k + row)) & 1)
+              bits |= trans ? 0x11u << (row / 2 + 8 * word) : 1u << (4 * row + word);
+        if (v.d[k] >= 0) c.warp->taint[v.d[k]] |= bits;
       }
     }
   }

@@ -77,7 +77,11 @@ SPECIALS = {
     "%nclusterid.y": 10,
     "%nclusterid.z": 11,
 }
+# Where the driver keeps a cooperative grid's barrier; %envreg1 and 2 hold the address's halves.
+GRID_WORKSPACE = 1 << 50
 FIXED = {
+    "%envreg1": GRID_WORKSPACE >> 32,
+    "%envreg2": GRID_WORKSPACE & 0xFFFFFFFF,
     "%cluster_ctaid.x": 0,
     "%cluster_ctaid.y": 0,
     "%cluster_ctaid.z": 0,
@@ -130,6 +134,7 @@ class Decoded:
     local_bytes: int
     shared_granule: int
     has_taint: bool
+    followed: np.ndarray | None  # inst, undefined values followed from loads of shared memory on
     taint_init: np.ndarray
     shared_variables: list[tuple[str, int, int]]  # name, offset, size
     dynamic_offset: int
@@ -651,26 +656,13 @@ def decode(kernel: Kernel) -> Decoded:
         heapq.heappush(active, (final[name], name))
     register_bytes = max(top, 128)
 
-    # What may be undefined, and all that is computed from it
-    doubtful = set(undefined) - set(special_names)
-    spread = bool(doubtful)
-    if spread:
-        changed = True
-        reads_memory = False
-        while changed:
-            changed = False
-            for b in order:
-                for e in code[blocks[b].start : blocks[b].end]:
-                    dirty = any(u in doubtful for u in e.uses) or (
-                        e.guard is not None and e.guard[0] in doubtful
-                    )
-                    if e.memory == "store" and not reads_memory and dirty:
-                        reads_memory = changed = True
-                    if dirty or (e.memory == "load" and reads_memory):
-                        for d in e.defs:
-                            if d not in doubtful:
-                                doubtful.add(d)
-                                changed = True
+    # What may be undefined, and all that is computed from it: from registers that may be read
+    # before they are written; and, once a kernel has read shared memory that nobody wrote, from
+    # loads of that as well.
+    every = [e for b in order for e in code[blocks[b].start : blocks[b].end]]
+    doubtful = spread(every, set(undefined) - set(special_names), False)
+    loads = [e for e in every if reads_shared(e)]
+    followed = spread(every, doubtful | {d for e in loads for d in e.defs}, True) if loads else None
 
     def taint_index(name: str) -> int:
         return register_bytes // 128 + preds[name] if name in preds else slots[name] // 128
@@ -745,16 +737,26 @@ def decode(kernel: Kernel) -> Decoded:
                 r["list"] = len(lists)
                 lists += e.list_values
             r["taint"] = -1
-            if spread:
-                taint(e, r, doubtful, taint_index, lists)
-                if r["taint"] >= 0:
-                    flags |= TAINT | (CHECK if e.memory else 0)
-                elif e.branch is not None and e.guard is not None and e.guard[0] in doubtful:
-                    flags |= TAINT
             r["flags"] = flags
             at_ += 1
 
-    taint_init = [taint_index(n) for n in undefined if n in slots or n in preds] if spread else []
+    def halves(name: str) -> list[int]:
+        first = taint_index(name)
+        return [first, first + 1] if emitter.types[name] == 64 else [first]
+
+    def mark(array: np.ndarray, names: set[str]) -> np.ndarray:
+        for e, r in zip(every, array, strict=True):
+            taint(e, r, names, halves, lists)
+            if r["taint"] >= 0:
+                r["flags"] |= TAINT | (CHECK if e.memory else 0)
+            elif e.branch is not None and e.guard is not None and e.guard[0] in names:
+                r["flags"] |= TAINT
+        return array
+
+    followed_inst = mark(inst.copy(), followed) if followed is not None else None
+    if doubtful:
+        mark(inst, doubtful)
+    taint_init = [k for n in undefined if n in doubtful for k in halves(n)]
     layout, static, dynamic = emitter.shared_layout()
     result = Decoded(
         inst=inst,
@@ -767,7 +769,8 @@ def decode(kernel: Kernel) -> Decoded:
         n_pred=max(1, len(preds)),
         local_bytes=-(-flat.local_bytes // 16) * 16,
         shared_granule=1 if emitter.narrow_shared else 4,
-        has_taint=spread,
+        has_taint=bool(doubtful),
+        followed=followed_inst,
         taint_init=np.array(taint_init, np.int32),
         shared_variables=layout,
         dynamic_offset=dynamic,
@@ -882,8 +885,41 @@ def watch_wgmma(code: list[Emitted], blocks: list[_Block], order: list[int]) -> 
     return out
 
 
-def taint(e: Emitted, r: Any, doubtful: set[str], index: Any, lists: list[int]) -> None:
-    """The description that csrc/emulator/machine.h's taint_step reads."""
+def reads_shared(e: Emitted) -> bool:
+    """A load whose address is, or may be, in shared memory."""
+    return e.memory == "load" and (e.op == "ldmatrix" or (e.imm2 >> 1) & 3 in (1, 3))
+
+
+def spread(code: Iterable[Emitted], names: set[str], shared: bool) -> set[str]:
+    """The names, and those of what is computed from them; through memory too, if one is stored."""
+    out = set(names)
+    changed, reads_memory = bool(out), False
+    while changed:
+        changed = False
+        for e in code:
+            dirty = any(u in out for u in e.uses) or (e.guard is not None and e.guard[0] in out)
+            if e.memory == "store" and not reads_memory and dirty:
+                reads_memory = changed = True
+            if dirty or (e.memory == "load" and (reads_memory or (shared and reads_shared(e)))):
+                for d in e.defs:
+                    if d not in out:
+                        out.add(d)
+                        changed = True
+    return out
+
+
+def taint(e: Emitted, r: Any, doubtful: set[str], halves: Any, lists: list[int]) -> None:
+    """The description that csrc/emulator/machine.h's taint_step reads: kind, destinations, sources.
+    ``halves`` gives a register's indices, two for 64 bits."""
+
+    def indices(names: Iterable[str]) -> list[int]:
+        return [k for n in names for k in halves(n)]
+
+    def one(x: Any, half: int = 0) -> int:
+        """The index of an operand's half, or -1 if it cannot be undefined."""
+        name = x.name if isinstance(x, Reg) else x
+        return halves(name)[half] if isinstance(name, str) and name in doubtful else -1
+
     sources = [u for u in e.uses if u in doubtful]
     targets = [d for d in e.defs if d in doubtful]
     guard = e.guard is not None and e.guard[0] in doubtful
@@ -892,68 +928,60 @@ def taint(e: Emitted, r: Any, doubtful: set[str], index: Any, lists: list[int]) 
     if e.branch is not None or e.ends:
         return
     r["taint"] = len(lists)
+
+    def width(x: Any) -> int:
+        """How many indices an operand has."""
+        return len(halves(x.name)) if isinstance(x, Reg) else 1
+
+    def say(kind: int, to: list[int], of: list[int], more: Iterable[int] = ()) -> None:
+        lists.extend([kind, len(to), *to, len(of), *of, *more])
+
     if e.memory:
         # (address, guard, values...), -1 for none
-        address = index(e.address) if e.address in doubtful else -1
-        g = index(e.guard[0]) if guard and e.guard is not None else -1
-        values = [index(u) for u in e.values if u in doubtful]
-        if e.op in ("ldmatrix",):
-            out = [index(d) if d in doubtful else -1 for d in e.defs]
-        else:
-            out = [index(d) for d in targets]
-        lists += [0, len(out), *out, 2 + len(values), address, g, *values]
+        g = one(e.guard[0]) if e.guard is not None else -1
+        # by position, since what is undefined goes through memory word by word
+        by_place = e.memory in ("load", "store") and e.items is not None
+        stored = (e.items or []) if e.memory == "store" else []
+        values = (
+            [one(x, half) for x in stored for half in range(width(x))]
+            if by_place
+            else indices(u for u in e.values if u in doubtful)
+        )
+        to = indices(targets)
+        if by_place and e.memory == "load":
+            to = [one(x, half) for x in e.items or [] for half in range(width(x))]
+        say(0, to, [one(e.address), g, *values])
     elif e.op.startswith("shfl"):
-        a = e.o[2]
-        src = index(a.name) if isinstance(a, Reg) and a.name in doubtful else -1
-        if src < 0:
-            lists += [2, len(targets), *[index(d) for d in targets], 0]
-        else:
-            lists += [5, len(targets), *[index(d) for d in targets], 1, src]
+        a = one(e.o[2])
+        say(2 if a < 0 else 5, indices(targets), [] if a < 0 else [a])
     elif e.op.startswith("selp"):
-        three = [
-            index(x.name) if isinstance(x, Reg) and x.name in doubtful else -1
-            for x in (e.o[1], e.o[2], e.o[3])
-        ]
-        lists += [1, len(targets), *[index(d) for d in targets], 3, *three]
+        a, b, p = e.o[1], e.o[2], e.o[3]
+        of = [one(a), one(b), one(p)]
+        to = indices(targets)
+        if len(to) == 2:
+            of += [one(a, 1), one(b, 1)]
+        say(1, to, of)
+    elif e.op == "pack.64":  # a 64-bit register's halves are undefined apart from each other
+        say(7, [one(e.defs[0], 0), one(e.defs[0], 1)], [one(e.o[1]), one(e.o[2])])
+    elif e.op == "extract.64":
+        say(7, [one(e.defs[0])], [one(e.o[1], int(e.imm >= 32))])
+    elif "f32x2" in e.op:
+        of = [one(x, half) for x in e.o[1:4] for half in (0, 1)]
+        say(7, [one(e.defs[0], 0), one(e.defs[0], 1)], of)
     elif e.op == "mma":
         nd, na, nb = e.parts
         regs = e.items or []
-        ix = [index(x.name) if isinstance(x, Reg) else -1 for x in regs]
+        ix = [halves(x.name)[0] if isinstance(x, Reg) else -1 for x in regs]
         if any(i < 0 for i in ix):  # constants among the operands
-            lists += [
-                0,
-                len(targets),
-                *[index(d) for d in targets],
-                len(sources),
-                *[index(u) for u in sources],
-            ]
+            say(0, indices(targets), indices(sources))
         else:
-            lists += [3, nd, *ix[:nd], len(ix) - nd, *ix[nd:], na, nb]
+            say(3, ix[:nd], ix[nd:], (na, nb))
     elif e.op == "wgmma":
-        others = [u for u in sources if u not in e.defs]
-        lists += [
-            6,
-            len(targets),
-            *[index(d) for d in targets],
-            len(others),
-            *[index(u) for u in others],
-        ]
+        say(6, indices(targets), indices(u for u in sources if u not in e.defs))
     elif e.op.startswith(("vote", "match", "redux")):
-        lists += [
-            4,
-            len(targets),
-            *[index(d) for d in targets],
-            len(sources),
-            *[index(u) for u in sources],
-        ]
+        say(4, indices(targets), indices(sources))
     else:
-        lists += [
-            0,
-            len(targets),
-            *[index(d) for d in targets],
-            len(sources),
-            *[index(u) for u in sources],
-        ]
+        say(0, indices(targets), indices(sources))
 
 
 def is_identifier(name: str) -> bool:

@@ -48,6 +48,7 @@ class Program(ctypes.Structure):
             )
         ],
         ("taint_init", ctypes.c_void_p),
+        ("followed", ctypes.c_void_p),
     ]
 
 

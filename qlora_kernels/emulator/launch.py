@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import engine, ptx
-from .decode import PARAM_BASE, Kernel, Row, make_kernel
+from .decode import GRID_WORKSPACE, PARAM_BASE, Kernel, Row, make_kernel
 from .devices import Device, get_device, occupancy
 from .errors import EmulatorError, KernelError, LaunchError, PtxError
 
@@ -730,6 +730,16 @@ def launch(
             )
     params = np.frombuffer(bytes(arguments) + bytes(16), np.uint8).copy()
     everything = [*regions, *own]
+    if any("%envreg" in row.text for row in kernel.instructions):
+        if not cooperative:
+            raise LaunchError(
+                f"{demangle(kernel.name)} synchronises its grid: launch it with cooperative=True "
+                "(cudaLaunchCooperativeKernel)"
+            )
+        workspace = np.array([64] + [0] * 15, np.uint32)
+        everything.append(
+            Region(GRID_WORKSPACE, 64, workspace.ctypes.data, "grid barrier", owner=workspace)
+        )
     if kernel.param_bytes:
         everything.append(
             Region(
@@ -800,10 +810,13 @@ def launch(
     p.has_taint = int(program.has_taint)
     p.n_taint_init, p.taint_init = len(program.taint_init), program.taint_init.ctypes.data
     inst = program.inst
-    if program.has_taint and not mask & CHECKS["uninit"]:
-        inst = inst.copy()
-        inst["flags"] &= ~np.uint32(1)
-        p.inst, p.has_taint = inst.ctypes.data, 0
+    if not mask & CHECKS["uninit"]:
+        if program.has_taint:
+            inst = inst.copy()
+            inst["flags"] &= ~np.uint32(1)
+            p.inst, p.has_taint = inst.ctypes.data, 0
+    elif program.followed is not None:
+        p.followed, p.has_taint = program.followed.ctypes.data, 1
     keep += [constants, params, inst]
     g = engine.Launch()
     g.grid[:], g.block[:], g.cluster[:] = grid3, block3, (1, 1, 1)
@@ -865,6 +878,8 @@ def launch(
     found = [
         _explain(kernel, r, rows, everything, grid3, block3, program)
         for r in reports[: g.n_reports]
+        # shared memory that was read without having been written, to no effect
+        if not (r["kind"] == KINDS.index("uninitialised shared memory read") and r["extra"])
     ]
     return Result(
         kernel,

@@ -280,7 +280,7 @@ class _Parser:
         self.files = {
             int(n): _path(first, second)
             for n, first, second in re.findall(
-                r'^\s*\.file\s+(\d+)\s+"([^"\n]*)"(?:[ \t]+"([^"\n]*)")?', text, re.M
+                r'^[ \t]*\.file\s+(\d+)\s+"([^"\n]*)"(?:[ \t]+"([^"\n]*)")?', text, re.M
             )
         }
         self.strings: dict[str, str] = {}

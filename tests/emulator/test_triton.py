@@ -14,8 +14,8 @@ import triton.language as tl  # noqa: E402
 
 from qlora_kernels.emulator import Module, emulate  # noqa: E402
 
-DEVICES = {80: "a100", 90: "h100", 120: "rtx5090"}
-TARGETS = [80, 90, 120]
+DEVICES = {80: "a100", 89: "rtx4090", 90: "h100", 120: "rtx5090"}
+TARGETS = [80, 89, 90, 120]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
