@@ -1,0 +1,179 @@
+"""AdamW against torch's (32-bit states); 8-bit states against bitsandbytes' maps."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_kernels import optim
+from qlora_kernels.formats import nested_code
+
+ALL = [getattr(optim, name) for name in optim.__all__]
+WIDE = [c for c in ALL if c.bits == 32]
+SHAPES = [(64, 96), (7,), (3, 5, 2), (4096,), (9000,)]
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(s).to(dtype).requires_grad_() for s in SHAPES]
+
+
+def train(
+    optimizer: torch.optim.Optimizer, params: list[Tensor], steps: int, seed: int = 2
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_32_bits_are_torchs(kind, decay) -> None:
+    mine, theirs = parameters(), parameters()
+    options = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": decay}
+    train(kind(mine, **options), mine, 20)
+    train(torch.optim.AdamW(theirs, **options), theirs, 20)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7)  # 20 steps of a few roundings each
+
+
+def test_the_maps_are_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    assert torch.equal(nested_code(), functional.create_dynamic_map(signed=True))
+    assert torch.equal(optim.unsigned_code(), functional.create_dynamic_map(signed=False))
+
+
+def test_rounding_of_states_is_to_the_nearest_code_and_keeps_signs() -> None:
+    torch.manual_seed(0)
+    for code in (nested_code(), optim.unsigned_code()):
+        values = torch.randn(1000) ** 3
+        if code[0] == 0:
+            values = values.abs()
+        codes, absmax = torch.empty(1000, dtype=torch.uint8), torch.empty(4)
+        optim.quantize_state(values, code, codes, absmax)
+        back = optim.dequantize_state(codes, code, absmax)
+        scale = absmax.repeat_interleave(256)[:1000]
+        exact = values.double() / scale.double()
+        nearest = (exact[:, None] - code.double()).abs().amin(1) * scale
+        off = (back - values).abs() > nearest + 2.0**-22 * values.abs()
+        assert ((values[off] < 0) & (exact[off].abs() < 1e-6)).all(), "only signs differ"
+        assert (back[values < 0] < 0).all() and (back[values > 0] >= 0).all()
+        zeros = torch.zeros(1000)
+        optim.quantize_state(zeros, code, codes, absmax)
+        assert not optim.dequantize_state(codes, code, absmax).any()
+
+
+@pytest.mark.parametrize("kind", [optim.AdamW8bit, optim.PagedAdamW8bit])
+def test_8_bits_follow_32(kind) -> None:
+    mine, theirs = parameters(), parameters()
+    options = {"lr": 1e-2, "weight_decay": 0.01}
+    optimizer = kind(mine, **options)
+    train(optimizer, mine, 20)
+    train(torch.optim.AdamW(theirs, **options), theirs, 20)
+    for a, b, start in zip(mine, theirs, parameters(), strict=True):
+        moved = (b - start).norm()
+        limit = 2e-6 if a.numel() < optim.MIN_8BIT_SIZE else 0.05  # of how far they went
+        assert (a - b).norm() <= limit * moved + 1e-6
+    state = optimizer.state[mine[0]]
+    bytes_a_value = sum(t.nbytes for t in state.values() if isinstance(t, Tensor)) / mine[0].numel()
+    assert state["state1"].dtype == torch.uint8 and bytes_a_value < 2.05
+
+
+def test_a_gradient_that_is_not_finite_spoils_its_own_value_only() -> None:
+    p = torch.ones(8192, requires_grad=True)
+    optimizer = optim.AdamW8bit([p], lr=0.1)
+    p.grad = torch.ones(8192)
+    p.grad[5], p.grad[300] = float("nan"), float("inf")
+    optimizer.step()
+    assert p.isfinite().all() and p[5] == 1 and p[300] == 1 and (p[6] < 1)
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_resumed_is_as_if_never_stopped(kind, dtype, tmp_path) -> None:
+    whole, parts = parameters(dtype), parameters(dtype)
+    optimizer = kind(whole, lr=1e-2)
+    train(optimizer, whole, 3)
+    train(optimizer, whole, 3, seed=9)
+    first = kind(parts, lr=1e-2)
+    train(first, parts, 3)
+    torch.save(first.state_dict(), tmp_path / "optimizer.pt")
+    second = kind(parts, lr=1e-2)
+    second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    train(second, parts, 3, seed=9)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_paged_states_lie_in_a_file(tmp_path) -> None:
+    params = parameters()
+    optimizer = optim.PagedAdamW(params, paging_folder=tmp_path)
+    train(optimizer, params, 1)
+    address = optimizer.state[params[0]]["state1"].data_ptr()
+    for line in open("/proc/self/maps"):
+        begin, _, rest = line.partition("-")
+        if int(begin, 16) <= address < int(rest.split()[0], 16):
+            assert str(tmp_path) in line and "(deleted)" in line
+            break
+    else:
+        raise AssertionError("the states are nowhere")
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+    loaded = optim.PagedAdamW(parameters(), paging_folder=tmp_path)
+    loaded.load_state_dict(optimizer.state_dict())
+
+
+def test_no_room_to_page_is_said(tmp_path, monkeypatch) -> None:
+    with pytest.raises(OSError, match="QLORA_KERNELS_PAGING names another folder"):
+        train(optim.PagedAdamW(p := parameters(), paging_folder=tmp_path / "none"), p, 1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="no room for 0 MiB .*No space left on device"):
+        train(optim.PagedAdamW(p := parameters(), paging_folder=tmp_path), p, 1)
+
+
+def test_not_contiguous_parameters_and_groups() -> None:
+    base = torch.randn(40, 30)
+    mine, theirs = base.clone().T.requires_grad_(), base.clone().T.requires_grad_()
+    other, another = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    groups = [{"params": [mine], "lr": 0.1}, {"params": [other], "weight_decay": 0.5}]
+    same = [{"params": [theirs], "lr": 0.1}, {"params": [another], "weight_decay": 0.5}]
+    train(optim.AdamW(groups), [mine, other], 3)
+    train(torch.optim.AdamW(same), [theirs, another], 3)
+    torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(other, another, rtol=1e-6, atol=1e-6)
+
+
+def test_bad_arguments_are_named() -> None:
+    p = [torch.ones(3, requires_grad=True)]
+    for words, options in {
+        "lr must be at least 0": {"lr": -1.0},
+        "betas must be in": {"betas": (0.9, 1.0)},
+        "eps must be at least 0": {"eps": -1e-8},
+        "weight_decay must be at least 0": {"weight_decay": -0.1},
+        "optim_bits must be 8 or 32": {"optim_bits": 16},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            optim.AdamW(p, **options)
+    p[0].grad = torch.zeros(3).to_sparse()
+    with pytest.raises(ValueError, match="SparseAdam"):
+        optim.AdamW(p).step()
+
+
+def test_closure() -> None:
+    p = torch.ones(3, requires_grad=True)
+    optimizer = optim.AdamW([p], lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 3 and p.sum() < 3
