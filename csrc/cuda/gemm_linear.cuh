@@ -34,8 +34,8 @@
 //
 // Numerics: variant (a), weights round_to_dtype(codebook[q] * scale); products exact, sums in fp32.
 // Against float64 on the same rounded operands |error| <= (K + rank + splits + 2) 2^-23 sum |x w|
-// before the one rounding to y's dtype; S itself is rounded once to the compute dtype (2^-9 or
-// 2^-12 of it).
+// before the one rounding to y's dtype; S itself is rounded once to the compute dtype (2^-8 or
+// 2^-11 of it).
 #pragma once
 #include <iterator>
 

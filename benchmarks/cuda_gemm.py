@@ -1,0 +1,540 @@
+"""What the fused GEMMs cost: SASS for 8 weights, tensor cores, shared memory, modelled times.
+
+No GPU is needed and none is used. The launchers run in the emulator, a few CTAs of each grid; what
+it counts of PTX becomes SASS for each device's architecture (docs/emulator_model.md), and these the
+bars that the kernels are held to. Times are *modelled*, and so is what they are compared with:
+bitsandbytes' plan for the same rows, dequantization at DRAM speed and a dense product at the
+tensor cores' peak (wgmma's on Hopper), the larger of its DRAM and its tensor time.
+
+    python benchmarks/cuda_gemm.py                      # bars, then times on the LLaMA shapes
+    python benchmarks/cuda_gemm.py --quick              # one shape
+    python benchmarks/cuda_gemm.py --rank -M 64         # every tile and split, by modelled time
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cuda")]
+
+import gemm_launchers as launchers  # noqa: E402
+
+from qlora_kernels.emulator import sass, toolchain  # noqa: E402
+from qlora_kernels.emulator.devices import Device, get_device  # noqa: E402
+from qlora_kernels.emulator.launch import Region, launch  # noqa: E402
+from qlora_kernels.emulator.model import (  # noqa: E402
+    Modelled,
+    Work,
+    l1_cycles_of,
+    model,
+    wavefronts_of,
+    work_of,
+)  # fmt: skip
+from qlora_kernels.emulator.runtime import EmulatedRuntime, _parsed  # noqa: E402
+
+DEVICES = ("a100", "h100", "h200", "rtx4090")
+SHAPES = {  # out, in
+    "7B q k v o": (4096, 4096), "7B gate up": (11008, 4096), "7B down": (4096, 11008),
+    "70B q o": (8192, 8192), "70B gate up": (28672, 8192), "70B down": (8192, 28672),
+}  # fmt: skip
+FORWARD, INPUT_GRAD = launchers.FORWARD, launchers.INPUT_GRAD
+PASSES = {FORWARD: "forward", INPUT_GRAD: "dX"}
+BITS = {False: 4.5, True: 4.127}  # a weight, blocks of 64
+
+
+def tiles(pass_: int) -> list[tuple[int, ...]]:
+    """What gemm_tiles.h lists as compiled, but for the tile that takes any shape."""
+    text = (launchers.SOURCES / "gemm_tiles.h").read_text()
+    name = "kLinearTiles" if pass_ == FORWARD else "kInputGradTiles"
+    listed = re.search(rf"{name}\[\] = \{{(.*?)\n\}};", text, re.DOTALL)
+    assert listed is not None
+    return [tuple(map(int, t.split(","))) for t in re.findall(r"\{([\d, ]+)\}", listed.group(1))]
+
+
+# --- one launch, a few of its blocks ---
+
+
+@dataclass
+class Kernel:
+    """One kernel of a call: counts of the whole grid, from representative blocks."""
+
+    name: str
+    work: Work
+    dynamic: Any
+    warps: float  # of the whole grid
+    main_loop: dict[str, float] = field(default_factory=dict)  # SASS by pipe, whole grid
+    wavefronts: float = 0.0
+    conflicts: float = 0.0  # wavefronts beyond the fewest
+
+
+def is_gemm(name: str) -> bool:
+    return re.search(r"gemm_(linear|input_grad)I", name) is not None
+
+
+class Sampler:
+    """An engine for `EmulatedRuntime`: runs the blocks that tell what the whole grid does.
+
+    Blocks of one split do the same work wherever they are; splits differ by a step, and LoRA is the
+    first one's (forward) or the last one's (dX). So of each split the first block is run, and
+    stands for all of its plane.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.kernels: list[Kernel] = []
+
+    def __call__(self, request: Any) -> Any:
+        kernel = _parsed(request.ptx).kernel(request.kernel)
+        packed = bytearray(kernel.param_bytes)
+        for param, value in zip(kernel.params, request.arguments, strict=True):
+            packed[param.offset : param.offset + param.size] = value
+        regions = [
+            Region(b.address, b.size, b.address, b.name, dtype=b.dtype, shape=b.shape)
+            for b in request.buffers
+        ]
+        gx, gy, gz = request.grid
+        plane = gx * gy
+        planes = range(gz) if is_gemm(kernel.name) else [0]
+        times_a_plane = gz / len(planes)
+        executions: dict[int, float] = {}
+        totals = dict.fromkeys(("sectors", "wavefronts", "conflicts", "passes", "l1"), 0.0)
+        threads = math.prod(request.block)
+        warps = math.ceil(threads / 32)
+        result = None
+        for z in planes:
+            result = launch(
+                kernel, request.grid, request.block, bytes(packed), regions,
+                shared_bytes=request.shared, device=self.device, checks=("counts",),
+                blocks=[z * plane], trust_regions=True, registers=request.registers,
+            )  # fmt: skip
+            counts = result.counts
+            times = times_a_plane * plane
+            for line, n in counts.by_ptx_line().items():
+                executions[line] = executions.get(line, 0.0) + n * times
+            for r in counts.regions:
+                # L1 serves what a block reads again.
+                totals["sectors"] += 32.0 * (r["distinct_read"] + r["sectors_written"]) * times
+            one = sass.load(request.ptx, self.device.target)[kernel.name]
+            dynamic = one.dynamic(counts.by_ptx_line(), warps)
+            totals["passes"] += wavefronts_of(counts, dynamic) * times
+            totals["l1"] += l1_cycles_of(counts, self.device) * times
+            table = counts.instructions
+            shared_rows = [
+                re.match(r"(ld|st)\.shared|ldmatrix", i.opcode) is not None
+                for i in kernel.instructions
+            ]
+            chosen = table[np.array(shared_rows)]
+            totals["wavefronts"] += float(chosen["wavefronts"].sum()) * times
+            totals["conflicts"] += (
+                float(chosen["wavefronts"].sum() - chosen["wavefronts_ideal"].sum()) * times
+            )
+        function = sass.load(request.ptx, self.device.target)[kernel.name]
+        blocks = plane * gz
+        dynamic = function.dynamic(executions, warps * blocks)
+        use = toolchain.assemble(request.ptx, self.device.target).resources[kernel.name]
+        work = work_of(
+            kernel.name, dynamic, self.device, blocks=blocks, threads=threads,
+            registers=use.registers, shared=use.shared + request.shared, dram_read=0.0,
+            dram_write=0.0, l2_bytes=totals["sectors"], wavefronts=totals["passes"],
+            l1_cycles=totals["l1"],
+        )  # fmt: skip
+        work.barriers = use.barriers
+        self.kernels.append(
+            Kernel(
+                kernel.name, work, dynamic, warps * blocks, main_loop(dynamic),
+                totals["wavefronts"], totals["conflicts"],
+            )
+        )  # fmt: skip
+        return result
+
+
+def main_loop(dynamic: Any) -> dict[str, float]:
+    """SASS by pipe of the loop with the matrix instructions that issues most.
+
+    A loop is a strongly connected set of blocks: ptxas enters dX's at two places, which makes it no
+    natural loop.
+    """
+    blocks = dynamic.function.blocks
+    rows = [b.index for b in blocks for _ in b.successors]
+    columns = [s for b in blocks for s in b.successors]
+    graph = csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(blocks), len(blocks)))
+    _, labels = connected_components(graph, connection="strong")
+    best: dict[str, float] = {}
+    for label in set(labels):
+        pipes = dynamic.pipes(np.flatnonzero(labels == label))
+        if pipes["tensor"] and sum(pipes.values()) > sum(best.values()):
+            best = dict(pipes)
+    return best
+
+
+# --- a call ---
+
+
+@dataclass
+class Call:
+    """What one call of a launcher costs, modelled on one device."""
+
+    device: str
+    pass_: int
+    m: int
+    n: int
+    k: int
+    rank: int
+    nested: bool
+    tile: tuple[int, ...]
+    splits: int
+    kernels: list[Kernel]
+    times: list[Modelled]
+
+    @property
+    def gemm(self) -> Kernel:
+        return next(k for k in self.kernels if is_gemm(k.name))
+
+    @property
+    def gemm_time(self) -> Modelled:
+        return next(t for k, t in zip(self.kernels, self.times, strict=True) if is_gemm(k.name))
+
+    @property
+    def seconds(self) -> float:
+        return sum(t.time for t in self.times)
+
+    @property
+    def eights(self) -> float:
+        """Groups of 8 weights a lane, counted once however many rows of tiles decode them."""
+        return self.n * self.k / 256
+
+    def sass(self, pipe: str | None = None) -> float:
+        """Warp instructions of the main loop for 8 weights a lane (of all rows of tiles)."""
+        loop = self.gemm.main_loop
+        return (loop.get(pipe, 0.0) if pipe else sum(loop.values())) / self.eights
+
+
+_cache: dict[Any, Any] = {}
+LIBRARY: dict[int, Path] = {}
+
+
+def library(pass_: int) -> Path:
+    if pass_ not in LIBRARY:
+        source = "gemm_linear.cu" if pass_ == FORWARD else "gemm_input_grad.cu"
+        LIBRARY[pass_] = launchers.library(source, "gemm_lora.cu")
+    return LIBRARY[pass_]
+
+
+def tensors(pass_: int, m: int, n: int, k: int, rank: int, nested: bool, lora: torch.dtype) -> Any:
+    """Zeros of the right sizes: what is counted does not depend on values."""
+    key = (pass_, m, n, k, rank, nested, lora)
+    if key not in _cache:
+        _cache.clear()
+        q = launchers.Quantized(
+            torch.zeros(n * k // 2, dtype=torch.uint8), torch.zeros(n * k // 64),
+            torch.zeros(16), 64, (n, k),
+        )  # fmt: skip
+        if nested:
+            q.absmax = torch.zeros(n * k // 64, dtype=torch.uint8)
+            q.nested_absmax = torch.zeros(-(-n * k // 64 // 256))
+            q.nested_code, q.offset = torch.zeros(256), torch.zeros(1)
+        x = torch.zeros(m, k if pass_ == FORWARD else n, dtype=torch.bfloat16)
+        a = torch.zeros(rank, k, dtype=lora) if rank else None
+        b = torch.zeros(n, rank, dtype=lora) if rank else None
+        _cache[key] = (q, x, a, b)
+    return _cache[key]
+
+
+def call(
+    device: str, pass_: int, m: int, n: int, k: int, tile: Sequence[int], splits: int,
+    rank: int = 0, nested: bool = True, lora: torch.dtype = torch.float32,
+) -> Call:  # fmt: skip
+    q, x, a, b = tensors(pass_, m, n, k, rank, nested, lora)
+    gpu = get_device(device)
+    sampler = Sampler(gpu)
+    with EmulatedRuntime(device, library=library(pass_), engine=sampler, strict=False) as rt:
+        launcher = launchers.Launcher(rt, rt.lib)
+        run = launcher.linear if pass_ == FORWARD else launcher.input_grad
+        run(q, x, tile, splits, a=a, b=b)
+        if launcher.status:
+            raise SystemExit(
+                f"the launcher refused {tile} x {splits}: {launcher.status} {rt.errors}"
+            )
+    # DRAM moves each input once and the result once: x and partial sums stay in L2, whose rows of
+    # tiles read a weight at about the same time. What L2 does not hold is added.
+    weight = n * k * BITS[nested] / 8
+    ins, outs = (k, n) if pass_ == FORWARD else (n, k)
+    lora_bytes = 4 if lora == torch.float32 else 2
+    partial = splits * m * outs * 4.0 if splits > 1 else 0.0
+    spilled = partial if partial > gpu.l2_bytes / 2 else 0.0
+    times = []
+    for i, kernel in enumerate(sampler.kernels):
+        w = kernel.work
+        if is_gemm(kernel.name):
+            w.dram_read = weight + (0 if rank else m * ins * 2.0) + rank * outs * lora_bytes
+            w.dram_write = spilled if splits > 1 else m * outs * 2.0
+        elif "lora_partial" in kernel.name:
+            w.dram_read = m * ins * 2.0 + rank * ins * lora_bytes
+        elif "sum_splits" in kernel.name:
+            w.dram_read, w.dram_write = spilled, m * outs * 2.0
+        times.append(model(w, gpu, launch=1.0 if i == 0 else 0.45))  # as in a graph
+    return Call(device, pass_, m, n, k, rank, nested, tuple(tile), splits, sampler.kernels, times)
+
+
+# --- the ranking ---
+
+
+def choices(device: Device, pass_: int, m: int, n: int, k: int) -> Iterable[tuple[Any, int]]:
+    """Tiles that fit the device and the rows, with splits that may pay."""
+    ins, outs = (k, n) if pass_ == FORWARD else (n, k)
+    for tile in tiles(pass_):
+        tm, tn, tk = tile[:3]
+        if tk < 128 or tm > 2 * max(16, m):
+            continue
+        if shared_bytes(tile, pass_) > device.sm.shared_optin:
+            continue
+        step = tk if pass_ == FORWARD else tn
+        grid = math.ceil(m / tm) * math.ceil(outs / (tn if pass_ == FORWARD else tk))
+        for splits in (1, 2, 3, 4, 6, 8, 12, 16):
+            if splits == 1 or (grid * splits <= 4 * device.sms and ins >= 2 * splits * step):
+                yield tile, splits
+
+
+def shared_bytes(tile: Sequence[int], pass_: int) -> int:
+    tm, tn, tk, _, stages = tile
+    stage = tm * (tk if pass_ == FORWARD else tn) * 2 + tn * tk // 2
+    return stages * stage + (0 if pass_ == FORWARD else 2 * tn * tk * 2)
+
+
+def ranked(device: str, pass_: int, m: int, n: int, k: int, **options: Any) -> list[Call]:
+    gpu = get_device(device)
+    calls = [call(device, pass_, m, n, k, t, s, **options) for t, s in choices(gpu, pass_, m, n, k)]
+    return sorted(calls, key=lambda c: c.seconds)
+
+
+# --- what it is compared with ---
+
+
+def dense_seconds(device: Device, m: int, n: int, k: int) -> float:
+    """A dense bf16 product as cuBLAS would do it at best: its bytes or its products."""
+    moved = 2.0 * (n * k + m * k + m * n)
+    return max(moved / device.dram_read, 2.0 * m * n * k / device.tensor["bf16"]) + device.launch
+
+
+def unfused_seconds(device: Device, m: int, n: int, k: int, nested: bool) -> float:
+    """Dequantization at DRAM speed (4 bits in, 16 out), then the dense product."""
+    moved = n * k * (BITS[nested] / 8 + 2.0)
+    return moved / device.dram_read + 0.45 * device.launch + dense_seconds(device, m, n, k)
+
+
+# --- bars ---
+
+
+@dataclass
+class Bar:
+    """One bar of the kernels: a count, its limit, and what bounds it where it is missed."""
+
+    what: str
+    value: float
+    limit: float
+    why: str = ""
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def __str__(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        mark = "met   " if self.met else "MISSED"
+        tail = f"  {self.why}" if self.why and not self.met else ""
+        return f"  {mark} {self.what:64} {self.value:7.2f} {sign} {self.limit:.2f}{tail}"
+
+
+#: A tile for each number of rows: what the ranking picks on A100 for the large shapes.
+FORWARD_TILES = {16: (16, 128, 256, 4, 2), 32: (32, 128, 256, 4, 2), 64: (64, 128, 128, 4, 3),
+                 256: (96, 128, 128, 4, 2)}  # fmt: skip
+GRAD_TILES = {16: (16, 32, 256, 4, 4), 32: (32, 32, 256, 4, 3), 64: (64, 32, 256, 4, 4),
+              256: (128, 64, 256, 8, 3)}  # fmt: skip
+
+
+def full_wave(
+    device: str, pass_: int, m: int, tile: Sequence[int], contraction: int = 8192
+) -> Call:
+    """A grid of exactly the blocks that are resident at once: neither tail nor splits are seen."""
+    tm, tn, tk = tile[:3]
+    width = tn if pass_ == FORWARD else tk
+    shape = (width, contraction) if pass_ == FORWARD else (contraction, width)
+    one = call(device, pass_, m, *shape, tile, 1)
+    resident = one.gemm_time.occupancy.blocks * get_device(device).sms
+    tiles_n = max(1, resident // math.ceil(m / tm))
+    out = tiles_n * width
+    return call(device, pass_, m, *((out, contraction) if pass_ == FORWARD else (contraction, out)),
+                tile, 1)  # fmt: skip
+
+
+def tensor_cycles(device: Device, m: int) -> float:
+    """Cycles of a partition's tensor core for 8 weights a lane and m rows."""
+    flops = 2.0 * 256 * (-(-m // 8) * 8)
+    rate = device.tensor["bf16"] * device.mma_sync / device.sms / device.clock / 4
+    return flops / rate
+
+
+def bars(nested: bool = True) -> list[Bar]:
+    found: list[Bar] = []
+    forward, grad = {}, {}
+    for m in (16, 32, 64, 256):
+        forward[m] = full_wave("a100", FORWARD, m, FORWARD_TILES[m])
+        grad[m] = full_wave("a100", INPUT_GRAD, m, GRAD_TILES[m])
+    for name in ("a100", "h100", "rtx4090"):
+        gpu = get_device(name)
+        slots = gpu.slots_per_8_weights(BITS[nested])
+        for m in (16, 32, 64):
+            need = tensor_cycles(gpu, m)
+            why = f"ALU pipe: {2 * forward[m].sass('alu'):.0f} cycles; "
+            why += f"tensor cores: {need:.0f} of {slots:.0f} cycles" + (
+                ": compute-bound, the slots are not what it waits for" if need > slots else ""
+            )
+            found.append(
+                Bar(f"forward, M = {m}, {name}: SASS for 8 weights / issue slots",
+                    forward[m].sass() / slots, 0.80, why)
+            )  # fmt: skip
+    for m in (16, 32, 64, 256):
+        found.append(Bar(f"forward, M = {m}: conflicts / wavefronts",
+                         forward[m].gemm.conflicts / forward[m].gemm.wavefronts, 0.02))  # fmt: skip
+        found.append(Bar(f"dX, M = {m}: conflicts / wavefronts",
+                         grad[m].gemm.conflicts / grad[m].gemm.wavefronts, 0.02))  # fmt: skip
+        found.append(Bar(f"dX, M = {m}: SASS for 8 weights / forward's",
+                         grad[m].sass() / forward[m].sass(), 1.35))  # fmt: skip
+    busy = {}
+    for pass_, calls in ((FORWARD, forward), (INPUT_GRAD, grad)):
+        t = calls[256].gemm_time
+        busy[pass_] = t.utilisation("tensor cores")
+    why = ", ".join(
+        f"{n} {v / forward[256].gemm_time.kernel:.0%}"
+        for n, v in sorted(forward[256].gemm_time.terms.items(), key=lambda i: -i[1])[:4]
+    )
+    found.append(Bar("forward, M = 256, a100: tensor cores busy, a full wave", busy[FORWARD], 0.8,
+                     why, at_least=True))  # fmt: skip
+    why = ", ".join(
+        f"{n} {v / grad[256].gemm_time.kernel:.0%}"
+        for n, v in sorted(grad[256].gemm_time.terms.items(), key=lambda i: -i[1])[:4]
+    )
+    found.append(Bar("dX, M = 256, a100: tensor cores busy / forward's",
+                     busy[INPUT_GRAD] / busy[FORWARD], 0.70, why, at_least=True))  # fmt: skip
+    for pass_, chosen in ((FORWARD, FORWARD_TILES), (INPUT_GRAD, GRAD_TILES)):
+        for m in (16, 256):
+            plain, lora = (call("a100", pass_, m, 4096, 4096, chosen[m], 4 if m < 64 else 1, rank=r,
+                                lora=torch.bfloat16) for r in (0, 64))  # fmt: skip
+            issued = [sum(sum(k.work.pipes.values()) for k in c.kernels) for c in (plain, lora)]
+            moved = 2 * 4096 * 64 * 2 / (4096 * 4096 * BITS[nested] / 8)
+            found.append(Bar(
+                f"{PASSES[pass_]}, M = {m}, 4096 x 4096: all SASS with LoRA r = 64 / without",
+                issued[1] / issued[0], 1.05,
+                f"r / K alone is {64 / 4096:.1%} for S and again for S B; A and B in bf16 are "
+                f"{moved:.0%} of the weight's bytes; modelled time x "
+                f"{lora.seconds / plain.seconds:.2f}",
+            ))  # fmt: skip
+    return found
+
+
+# --- times ---
+
+
+def times(device: str, pass_: int, rows: Sequence[int], shapes: dict[str, tuple[int, int]],
+          rank: int) -> list[dict[str, Any]]:  # fmt: skip
+    gpu, out = get_device(device), []
+    for name, (n, k) in shapes.items():
+        for m in rows:
+            best = min(
+                (call(device, pass_, m, n, k, t, s, rank=rank)
+                 for t, s in near(gpu, pass_, m, n, k)),
+                key=lambda c: c.seconds,
+            )  # fmt: skip
+            weights = n * k * BITS[True] / 8 / gpu.dram_read
+            rival = unfused_seconds(gpu, m, n, k, True)
+            dense = dense_seconds(gpu, m, n, k)
+            t = best.gemm_time
+            out.append({
+                "device": device, "pass": PASSES[pass_], "shape": name, "n": n, "k": k, "m": m,
+                "rank": rank, "tile": best.tile, "splits": best.splits,
+                "modelled_us": best.seconds * 1e6, "bound_by": t.bottleneck,
+                "of_reading_the_weights": best.seconds / weights,
+                "speedup_over_dequantize_and_dense": rival / best.seconds,
+                "speedup_over_dense": dense / best.seconds,
+                "sass_for_8_weights": best.sass(), "alu_for_8_weights": best.sass("alu"),
+                "tensor_busy": t.utilisation("tensor cores"),
+            })  # fmt: skip
+            print(
+                f"{device:8} {PASSES[pass_]:8} {name:12} M {m:3}  {best.tile!s:24} x"
+                f" {best.splits:2}"
+                f" {best.seconds * 1e6:8.1f} us  {best.seconds / weights:5.2f} x reading W"
+                f"  {rival / best.seconds:5.2f} x dequantize + dense"
+                f"  {dense / best.seconds:5.2f} x dense   {t.bottleneck}",
+                flush=True,
+            )
+    return out
+
+
+def near(gpu: Device, pass_: int, m: int, n: int, k: int) -> list[tuple[Any, int]]:
+    """The tile of the table above and a few splits around one full wave."""
+    chosen = FORWARD_TILES if pass_ == FORWARD else GRAD_TILES
+    tile = chosen[next(r for r in chosen if m <= r)]
+    if shared_bytes(tile, pass_) > gpu.sm.shared_optin - 1024:
+        tile = chosen[64]
+    possible = [s for t, s in choices(gpu, pass_, m, n, k) if t == tile]
+    width = tile[1] if pass_ == FORWARD else tile[2]
+    grid = math.ceil(m / tile[0]) * math.ceil((n if pass_ == FORWARD else k) / width)
+    wanted = 2 * gpu.sms / grid
+    return [(tile, s) for s in sorted(possible, key=lambda s: abs(math.log(s / wanted)))[:2]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one shape, one device")
+    parser.add_argument("--rank", action="store_true", help="rank every tile and split instead")
+    parser.add_argument("--device", choices=DEVICES, help="this one alone")
+    parser.add_argument("-M", type=int, nargs="*", default=[16, 64, 256], help="rows")
+    parser.add_argument("-r", type=int, default=0, help="LoRA's rank")
+    parser.add_argument(
+        "--json", type=Path, default=Path(__file__).parent / "results/cuda_gemm.json"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    devices = [args.device] if args.device else ["a100"] if args.quick else list(DEVICES)
+    shapes = dict(list(SHAPES.items())[:1]) if args.quick else SHAPES
+    if args.rank:
+        for device in devices:
+            for name, (n, k) in shapes.items():
+                for pass_ in PASSES:
+                    for m in args.M:
+                        for c in ranked(device, pass_, m, n, k, rank=args.r)[:5]:
+                            print(
+                                f"{device} {name} {PASSES[pass_]} M {m} {c.tile} x {c.splits}: "
+                                f"{c.seconds * 1e6:.1f} us, {c.gemm_time.bottleneck}"
+                            )
+        return
+    print("Bars (counts of SASS on sm_80; busy shares are modelled):")
+    found = bars()
+    print(*found, sep="\n", flush=True)
+    print("\nModelled times, nested scales, blocks of 64, as nodes of a graph:")
+    rows = [
+        row for device in devices for pass_ in PASSES
+        for row in times(device, pass_, args.M, shapes, args.r)
+    ]  # fmt: skip
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    bar_rows = [{**asdict(b), "met": b.met} for b in found]
+    args.json.write_text(json.dumps({"modelled": True, "bars": bar_rows, "times": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
