@@ -37,12 +37,15 @@ namespace qlk {
 namespace {
 
 constexpr int64_t kPanelBytes = int64_t{8} << 20;
+constexpr int64_t kLongSide = 2048;  // where torch's matmul has packing behind it
 
 // Rows (or columns) of a panel whose lines are `line` bytes: what fits kPanelBytes, and with many
-// rows of x as many as those, since torch's matmul wants both sides long; a multiple of `step`.
+// rows of x as many as those, since torch's matmul wants both sides long, but no more than is long;
+// a multiple of `step`.
 int64_t panel_lines(int64_t line, int64_t m, int64_t step, int64_t most) {
+  const int64_t wanted = m < kLongSide ? m : kLongSide;
   int64_t lines = kPanelBytes / line;
-  if (lines < m) lines = m;
+  if (lines < wanted) lines = wanted;
   lines = (lines + step - 1) / step * step;
   return lines < most ? lines : most;
 }
