@@ -202,7 +202,7 @@ def one_hot(m: int, length: int, first: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("nested", [False, True])
 def test_identity_gives_the_weights(dtype, nested):
     """Every column of W, in fp32: codes in the dtype times the scale, rounded once."""
-    q = quantized(24, 192, nested=nested, fmt="nf4")
+    q = quantized(200, 192, nested=nested, fmt="nf4")  # 600 blocks: three groups of scales
     for route in (MMA, SIMT):
         book = rounded_codes(q.codebook, dtype) if route == MMA else q.codebook
         rows = 15 if route == MMA else 3
@@ -223,8 +223,8 @@ def test_identity_is_dequantization_where_the_codes_fit():
 
 
 def test_identity_of_dy_gives_the_weights():
-    q = quantized(16, 320)
-    scales = q.scales().to(BF16).repeat_interleave(64).view(16, 320)
+    q = quantized(16, 64 * 40)  # 640 blocks
+    scales = q.scales().to(BF16).repeat_interleave(64).view(q.shape)
     codes = quantized_codes(q, rounded_codes(q.codebook, BF16))
     with EmulatedRuntime("h100", library()) as rt:
         dx = Launcher(rt).input_grad(q, one_hot(15, 16, 0, BF16), MMA, dx_dtype=F32).out
