@@ -4,6 +4,8 @@
 #   make test           lint, types, the sanitizer's share and the quick tests (what CI runs)
 #   make test-full      the full test matrix
 #   make test-sanitize  the CPU kernels' tests under ASan and UBSan
+#   make test-gpu       the CUDA kernels' tests on the GPU that is here (`make test` emulates one)
+#   make bench-gpu      the CUDA kernels on it, measured
 #   make bench          the benchmarks, beside bitsandbytes, dense bf16 and the machine's limits
 #   make build          the native libraries, in place
 #   make format         rewrites sources as `make lint` wants them
@@ -102,6 +104,20 @@ test-sanitize: setup build
 	QLORA_KERNELS_OPS="$$(echo $(CURDIR)/build/sanitize-*/_ops.abi3.so)" \
 	$(PY) -m pytest -q -p no:cacheprovider -m "not full" $(SANITIZE_TESTS) $(PYTEST_ARGS)
 	@$(PY) -m pytest -q -k sanitize tests/test_native_variants.py
+
+# A real GPU, or a plain word that there is none.
+.PHONY: test-gpu bench-gpu need-gpu
+need-gpu: build
+	@$(PY) -c 'import sys, torch; from qlora_kernels import ops; \
+	  torch.cuda.is_available() or sys.exit("there is no GPU here (torch sees none); make test runs " \
+	    "the same kernels in the emulator"); \
+	  ops.CUDA_LIBRARY_ERROR and sys.exit("the CUDA kernels are not there: " + ops.CUDA_LIBRARY_ERROR)'
+
+test-gpu: setup need-gpu
+	@$(PY) -m pytest -q -n 0 tests/cuda $(PYTEST_ARGS)
+
+bench-gpu: need-gpu
+	@$(VENV)/bin/qlora tune $(TUNE_ARGS)
 
 # --- cleaning ------------------------------------------------------------------------------------
 

@@ -27,6 +27,16 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "talk with a model and an adapter in the terminal",
         "qlora chat --adapter qlora-out",
     ),
+    "kernels": (
+        "qlora_kernels.kernels",
+        "say which CUDA kernel a layer gets on a device, and why",
+        "qlora kernels --device h100 -M 16 -N 11008 -K 4096",
+    ),
+    "tune": (
+        "qlora_kernels.tune",
+        "measure the CUDA kernels on the GPU here and keep the quickest",
+        "qlora tune --shapes 11008x4096",
+    ),
     "demo": (
         "qlora_kernels.demo",
         "finetune SmolLM2-135M here and now, beside bitsandbytes",

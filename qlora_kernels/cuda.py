@@ -19,14 +19,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import os
+import tempfile
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import ops
+from . import ops, reference
 from .emulator.devices import Device, get_device
+from .formats import get_format, nested_code
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALES = ("fp32", "nested", "e8m0", "e4m3")
@@ -178,6 +184,7 @@ def library() -> ctypes.CDLL | None:
 def bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     """Says the types of what the library exports besides its ops."""
     i64 = ctypes.c_int64
+    lib.qlk_cuda_on_first_use.argtypes = [ctypes.c_void_p]
     lib.qlk_cuda_disable.argtypes = [ctypes.c_int, ctypes.c_uint]
     lib.qlk_cuda_tuned.argtypes = [
         ctypes.c_int, ctypes.c_int, i64, i64, i64, i64, ctypes.POINTER(ctypes.c_int)
@@ -191,3 +198,240 @@ def bind(lib: ctypes.CDLL) -> ctypes.CDLL:
 def disabled_by_user() -> int:
     """The routes that ``QLORA_KERNELS_DISABLE`` names."""
     return disabled_mask(os.environ.get("QLORA_KERNELS_DISABLE", ""))
+
+
+# --- the check at first use ---------------------------------------------------------------------
+
+# Rows, and whether the route is asked for them on some device (dispatch.cpp).
+_CHECKED_ROWS = {"decode_simt": (1, 3), "decode_mma": (2, 15), "gemm": (16, 70)}
+_CHECK_SHAPES = ((144, 512), (40, 100))  # [n, k]; the second one aligned to nothing
+_CHECK_RANK = 16
+
+
+def _packed(n: int, k: int, device: torch.device) -> tuple[tuple, Tensor]:
+    """Random codes and nested scales as the ops take them, and the weight in fp32."""
+    generator = torch.Generator().manual_seed(n + k)
+    codebook = get_format("nf4").tensors()[0]
+    packed = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, generator=generator)
+    blocks = -(-n * k // 64)
+    absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
+    nested = torch.rand(-(-blocks // 256), generator=generator) * 0.1
+    offset = torch.tensor(0.2)
+    scales = reference.dequantize_absmax(absmax, nested, offset)
+    w = reference.dequantize(packed, scales, codebook, 64, (n, k))
+    weight = (packed, absmax, codebook, 64, nested, nested_code(), offset)
+    moved = tuple(t.to(device) if isinstance(t, Tensor) else t for t in weight)
+    return moved, w
+
+
+def _mismatch(got: Tensor, want: Tensor, size: Tensor, dtype: torch.dtype) -> str | None:
+    """What is wrong with a result, or None: within the roundings of operands, sums and result."""
+    u = torch.finfo(dtype).eps / 2
+    error = (got.cpu().double() - want).abs()
+    bad = ~(error <= 4 * u * size)
+    if not bad.any():
+        return None
+    at = tuple(int(i) for i in bad.nonzero()[0])
+    return (
+        f"{int(bad.sum())} of {bad.numel()} values differ; the first at {list(at)}: "
+        f"{got.cpu()[at].item():.6g}, expected {want[at].item():.6g}"
+    )
+
+
+def check_route(namespace: Any, device: torch.device, route: str, dtype: torch.dtype) -> list[str]:
+    """Runs one route, forward and backward, against dequantization and a matmul in float64.
+
+    The other routes must be off. Returns what was wrong, a line each.
+    """
+    wrong = []
+    for n, k in _CHECK_SHAPES:
+        weight, w = _packed(n, k, device)
+        got = namespace.dequantize_4bit(*weight, [n, k], torch.float32)
+        if not torch.equal(got.cpu(), w):
+            wrong.append(f"dequantize [{n}, {k}]: {int((got.cpu() != w).sum())} values differ")
+            continue
+        for m in _CHECKED_ROWS[route]:
+            generator = torch.Generator().manual_seed(m)
+            shapes = ((m, k), (m, n), (_CHECK_RANK, k), (n, _CHECK_RANK))
+            x, dy, a, b = (torch.randn(s, generator=generator) for s in shapes)
+            a /= k**0.5
+            x, dy = x.to(dtype), dy.to(dtype)
+            xd, dyd, wd = x.double(), dy.double(), w.to(dtype).double()
+            ad, bd = a.to(dtype).double(), b.to(dtype).double()
+            on = [t.to(device) for t in (x, dy, a, b)]
+            y, s = namespace.linear_4bit(on[0], *weight, n, None, on[2], on[3], None, 0.5, dtype)
+            dx, _, _, ds = namespace.linear_4bit_backward(
+                on[1], *weight, k, None, on[2], on[3], s, 0.5, dtype, dtype, True, False, False
+            )
+            lora_s, lora_ds = xd @ ad.T, 0.5 * dyd @ bd
+            results = {
+                "y": (y, xd @ wd.T + 0.5 * lora_s @ bd.T,
+                      xd.abs() @ wd.abs().T + 0.5 * (xd.abs() @ ad.abs().T) @ bd.abs().T),
+                "S": (s, lora_s, xd.abs() @ ad.abs().T),
+                "dx": (dx, dyd @ wd + lora_ds @ ad,
+                       dyd.abs() @ wd.abs() + 0.5 * (dyd.abs() @ bd.abs()) @ ad.abs()),
+                "dS": (ds, lora_ds, 0.5 * dyd.abs() @ bd.abs()),
+            }  # fmt: skip
+            for name, (result, want, size) in results.items():
+                problem = _mismatch(result, want, size, dtype)
+                if problem:
+                    wrong.append(f"{route} {name}, m={m}, [{n}, {k}], {dtype}: {problem}")
+    return wrong
+
+
+def check_kernels(
+    namespace: Any, lib: ctypes.CDLL, device: torch.device, dtypes: tuple[torch.dtype, ...]
+) -> dict[str, list[str]]:
+    """Each route that is compiled in, and what was wrong with it; leaves all routes on."""
+    index = device.index or 0
+    everything = disabled_mask("all")
+    found = {}
+    for route in routes()[:-1]:
+        lib.qlk_cuda_disable(index, everything & ~disabled_mask(route))
+        wrong: list[str] = []
+        for dtype in dtypes:
+            try:
+                wrong += check_route(namespace, device, route, dtype)
+            except RuntimeError as error:
+                wrong.append(f"{route}, {dtype}: {str(error).splitlines()[0]}")
+        found[route] = wrong
+    lib.qlk_cuda_disable(index, 0)
+    return found
+
+
+def cache_folder() -> Path:
+    chosen = os.environ.get("QLORA_KERNELS_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qlora-kernels"
+
+
+def read_cache(name: str) -> dict[str, Any]:
+    """A file of the cache; empty where there is none that can be read."""
+    try:
+        found = json.loads((cache_folder() / name).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_cache(name: str, content: dict[str, Any]) -> None:
+    """Whole or not at all; a cache that cannot be written costs the check at the next start."""
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cache_folder(), delete=False) as file:
+            json.dump(content, file, indent=1)
+        os.replace(file.name, cache_folder() / name)
+    except OSError:
+        pass
+
+
+def identity(device_name: str, driver: int, library_path: Path) -> str:
+    """What a check's result holds for: this GPU, this driver, this build."""
+    stat = library_path.stat()
+    return f"{device_name}, driver {driver}, build {stat.st_size}-{stat.st_mtime_ns}"
+
+
+def report(who: str, found: dict[str, list[str]]) -> str:
+    """The words of the warning about kernels that do not compute what they should."""
+    failed = {route: wrong for route, wrong in found.items() if wrong}
+    lines = [f"  {line}" for wrong in failed.values() for line in wrong[:8]]
+    return (
+        f"qlora_kernels: switched off on this GPU: {', '.join(failed)}. Their results differ from "
+        "dequantization and matmul; layers go on without them, correct but slower. Please report:\n"
+        f"  {who}\n  torch {torch.__version__}\n" + "\n".join(lines)
+    )
+
+
+def settle(
+    namespace: Any,
+    lib: ctypes.CDLL,
+    device: torch.device,
+    who: str,
+    dtypes: tuple[torch.dtype, ...],
+) -> int:
+    """Switches off on a device what the user or the check says; returns the mask.
+
+    The check's result is read from the cache where it was made for the same GPU, driver and build.
+    """
+    mask = disabled_by_user()
+    if os.environ.get("QLORA_KERNELS_SELF_CHECK", "1") != "0":
+        kept = read_cache("checks.json")
+        if who not in kept:
+            found = check_kernels(namespace, lib, device, dtypes)
+            kept = {**read_cache("checks.json"), who: found}
+            write_cache("checks.json", kept)
+        failed = [route for route, wrong in kept[who].items() if wrong]
+        if failed:
+            warnings.warn(report(who, kept[who]), stacklevel=2)
+        mask |= disabled_mask(",".join(failed))
+    lib.qlk_cuda_disable(device.index or 0, mask)
+    return mask
+
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
+
+
+def _first_use(index: int) -> int:
+    """What the library calls before the first linear layer on a device; 0: call again."""
+    lib = library()
+    if lib is None or torch.cuda.is_current_stream_capturing():
+        return 0
+    try:
+        runtime, driver = ctypes.c_int(), ctypes.c_int()
+        lib.qlk_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
+        device = torch.device("cuda", index)
+        capability = torch.cuda.get_device_capability(index)
+        who = identity(torch.cuda.get_device_name(index), driver.value, ops.cuda_library_path())
+        dtypes = (torch.bfloat16, torch.float16) if capability >= (8, 0) else (torch.float16,)
+        with torch.no_grad():
+            settle(getattr(torch.ops, ops.NAMESPACE), lib, device, who, dtypes)
+        apply_tuned(lib, index, who)
+    except Exception as error:  # a check that fails to run must not end a run without it
+        warnings.warn(f"qlora_kernels: the CUDA kernels were not checked: {error}", stacklevel=2)
+    return 1
+
+
+_first_use_callback = _CALLBACK(_first_use)
+
+
+def watch() -> None:
+    """Has the library call the check at the first use of each device."""
+    lib = library()
+    if lib is not None:
+        lib.qlk_cuda_on_first_use(ctypes.cast(_first_use_callback, ctypes.c_void_p))
+
+
+# --- what `qlora tune` found --------------------------------------------------------------------
+
+
+def tuned_entry(
+    backward: bool, m: int, n: int, k: int, rank: int, plan: Plan, seconds: float
+) -> dict[str, Any]:
+    """One line of tuned.json."""
+    fields = {f: getattr(plan, f) for f in _PLAN_FIELDS}
+    shape = {"backward": backward, "m": m, "n": n, "k": k, "rank": rank}
+    return {**shape, "plan": fields, "seconds": seconds}
+
+
+_PLAN_FIELDS = ("route", "tile_m", "tile_n", "tile_k", "warps", "stages", "splits")
+
+
+def apply_entry(lib: ctypes.CDLL, index: int, entry: dict[str, Any]) -> None:
+    """Has a shape run on a device as it was tuned; what was not compiled any more is passed over by
+    the library."""
+    plan = entry["plan"]
+    values = [_host().cuda_routes.index(plan["route"]), *(plan[f] for f in _PLAN_FIELDS[1:])]
+    lib.qlk_cuda_tuned(
+        index, int(entry["backward"]), entry["m"], entry["n"], entry["k"], entry["rank"],
+        (ctypes.c_int * len(values))(*values),
+    )  # fmt: skip
+
+
+def apply_tuned(lib: ctypes.CDLL, index: int, who: str) -> int:
+    """What `qlora tune` kept for this GPU, driver and build; returns how many shapes."""
+    lib.qlk_cuda_forget_tuned(index)
+    entries = read_cache("tuned.json").get(who, [])
+    for entry in entries:
+        apply_entry(lib, index, entry)
+    return len(entries)

@@ -423,6 +423,10 @@ def _load_cuda_library() -> str | None:
 
 
 CUDA_LIBRARY_ERROR = _load_cuda_library()
+if CUDA_LIBRARY_ERROR is None:
+    from . import cuda
+
+    cuda.watch()
 
 
 # --- fakes: shapes and dtypes without data ------------------------------------------------------

@@ -38,6 +38,7 @@ struct Emulated {
   cudaStream_t stream = nullptr;
   std::vector<Span> spans;  // disjoint
   std::vector<torch::stable::Tensor> held;
+  int depth = 0;  // ops within ops: the check at first use runs layers inside one
 
   void see(const torch::stable::Tensor& t) {
     if (t.numel() == 0) return;
@@ -68,10 +69,11 @@ inline Emulated& emulated() {
 
 class Call {
  public:
-  explicit Call(const torch::stable::Tensor&) {}
+  explicit Call(const torch::stable::Tensor&) { ++emulated().depth; }
   ~Call() {
-    if (emulated().stream == nullptr) emulated().release();
+    if (--emulated().depth == 0 && emulated().stream == nullptr) emulated().release();
   }
+  Call(const Call&) = delete;
   int device() const { return 0; }
   cudaStream_t stream() const { return emulated().stream; }
 

@@ -10,9 +10,12 @@ if(NOT EXISTS "${QLK_NVCC}")
   message(FATAL_ERROR "QLK_CUDA needs QLK_NVCC, the path of nvcc; QLK_NVCC=${QLK_NVCC} does not exist")
 endif()
 
-set(QLK_CUDA_KERNELS quantize dequantize gemm_linear gemm_linear_f16 gemm_input_grad gemm_input_grad_f16 gemm_lora)
+set(QLK_CUDA_KERNELS
+  gemm_linear gemm_linear_f16 gemm_input_grad gemm_input_grad_f16 gemm_lora
+  decode_linear_mma decode_input_grad_mma decode_lora_mma
+  decode_linear_simt decode_any decode_lora decode_launch quantize dequantize)
 # Those that run on Turing too.
-set(QLK_CUDA_TURING quantize dequantize)
+set(QLK_CUDA_TURING quantize dequantize decode_linear_simt decode_any decode_lora decode_launch)
 
 file(REAL_PATH "${QLK_NVCC}" nvcc_file)
 get_filename_component(nvcc_root "${nvcc_file}" DIRECTORY)

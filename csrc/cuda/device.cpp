@@ -12,9 +12,15 @@ constexpr int kMaxDevices = 64;
 
 // What is known of a device beyond its limits; written from Python (qlora_kernels/cuda.py).
 struct Settings {
+  bool seen = false;
   RouteMask disabled = 0;
   std::map<std::tuple<int, int64_t, int64_t, int64_t, int64_t>, Plan> tuned;
 };
+
+// Called once for each device, before the first linear layer on it; true: do not call again.
+// Python's check of the kernels, which runs them, so calls made meanwhile on the device go by.
+using FirstUse = int (*)(int device);
+FirstUse first_use = nullptr;
 
 std::mutex mutex;
 std::array<Settings, kMaxDevices> settings;
@@ -46,7 +52,21 @@ DeviceLimits limits_of(int device) {
           attribute(cudaDevAttrL2CacheSize, device)};
 }
 
+static void see(int device) {
+  if (first_use == nullptr || device >= kMaxDevices) return;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (settings[device].seen) return;
+    settings[device].seen = true;
+  }
+  if (!first_use(device)) {  // not now: a graph is being captured
+    const std::lock_guard<std::mutex> lock(mutex);
+    settings[device].seen = false;
+  }
+}
+
 Plan plan_for(int device, const Shape& shape) {
+  see(device);
   const DeviceLimits limits = limits_of(device);
   RouteMask disabled = 0;
   if (device < kMaxDevices) {
@@ -64,6 +84,9 @@ Plan plan_for(int device, const Shape& shape) {
 
 cudaError_t launch_linear(const LinearProblem& p, const Plan& plan, cudaStream_t stream) {
   switch (plan.route) {
+    case Route::decode_simt:
+    case Route::decode_mma:
+      return launch_decode_linear(p, plan, stream);
     case Route::gemm:
       return launch_gemm_linear(p, plan, stream);
     default:
@@ -73,6 +96,9 @@ cudaError_t launch_linear(const LinearProblem& p, const Plan& plan, cudaStream_t
 
 cudaError_t launch_input_grad(const InputGradProblem& p, const Plan& plan, cudaStream_t stream) {
   switch (plan.route) {
+    case Route::decode_simt:
+    case Route::decode_mma:
+      return launch_decode_input_grad(p, plan, stream);
     case Route::gemm:
       return launch_gemm_input_grad(p, plan, stream);
     default:
@@ -112,6 +138,14 @@ std::string explain(cudaError_t error) {
 // --- for qlora_kernels/cuda.py, through ctypes ---------------------------------------------------
 
 #define QLK_API extern "C" __attribute__((visibility("default")))
+
+// What to call before the first linear layer on a device; null: nothing. Devices count as new
+// again.
+QLK_API void qlk_cuda_on_first_use(int (*callback)(int device)) {
+  const std::lock_guard<std::mutex> lock(qlk::cuda::mutex);
+  qlk::cuda::first_use = callback;
+  for (auto& s : qlk::cuda::settings) s.seen = false;
+}
 
 // Routes that are off on a device, a bit each.
 QLK_API void qlk_cuda_disable(int device, unsigned mask) {

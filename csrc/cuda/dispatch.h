@@ -72,7 +72,8 @@ struct Choice {
 };
 
 // What is compiled into this version; the rest is as if it were disabled.
-constexpr RouteMask kBuilt = bit(Route::gemm) | bit(Route::large);
+constexpr RouteMask kBuilt =
+    bit(Route::decode_simt) | bit(Route::decode_mma) | bit(Route::gemm) | bit(Route::large);
 
 Choice choose(const DeviceLimits& device, const Shape& shape, RouteMask disabled = 0);
 

@@ -1398,7 +1398,7 @@ class _Reported(Exception):
         self.code = code
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def _parsed(ptx: str) -> Any:
     from .launch import Module
 

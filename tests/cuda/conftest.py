@@ -8,6 +8,7 @@ on. Only torch's allocator and stream are stood in for (`csrc/cuda/call_emulated
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,11 @@ class Gpu:
 
 @pytest.fixture(scope="session")
 def emulated_library(native_variant: Callable[[str], Path]) -> Path:
-    """``_ops_cuda_emulated.so``, with its schemas defined."""
+    """``_ops_cuda_emulated.so``, with its schemas defined; built first, unless
+    ``QLORA_KERNELS_CUDA_EMULATED`` names one."""
     global _LIBRARY
-    path = native_variant("cuda")
+    chosen = os.environ.get("QLORA_KERNELS_CUDA_EMULATED")
+    path = Path(chosen) if chosen else native_variant("cuda")
     if _LIBRARY is None:
         _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
         for schema in ops.SCHEMAS:
