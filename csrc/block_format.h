@@ -38,6 +38,8 @@ constexpr int kMinBlockLog2 = 4;
 constexpr int kMaxBlockLog2 = 12;
 constexpr float kMinAbsmax = 1e-38f;  // formats.MIN_ABSMAX
 
+QLK_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 QLK_INLINE int earlier_code(uint8_t byte) { return byte >> 4; }
 QLK_INLINE int later_code(uint8_t byte) { return byte & 15; }
 QLK_INLINE uint8_t pack_codes(int earlier, int later) { return (uint8_t)((earlier << 4) | later); }

@@ -39,8 +39,6 @@ inline int block_log2(int64_t blocksize) {
   return 0;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline const float* floats(const Tensor& t, int64_t count, const char* what) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == count && t.is_contiguous(),
                   what, " must be contiguous float32 with ", count, " values");

@@ -140,9 +140,17 @@ struct FloatPairTable {
   }
 };
 
+// Four bytes of the eight in `a` and `b`, by four selectors: bits 0 ... 2 of a nibble; bit 3 fills
+// the byte with its top bit. (__byte_perm clears bit 3 first, an instruction for each.)
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selectors) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(bytes) : "r"(a), "r"(b), "r"(selectors));
+  return bytes;
+}
+
 // One block's 16 values in registers: low[j] and high[j] are the low and high bytes of values 4j
 // ... PRMT picks 4 bytes out of 8 by 4 selectors of 3 bits, so a plane takes two of them for a
-// code's three low bits and a third one for its top bit.
+// code's three low bits, and the code's top bit chooses between them.
 template <class T>
 struct RegisterTable {
   uint32_t low[4], high[4];
@@ -160,18 +168,20 @@ struct RegisterTable {
     }
   }
 
+  // A mask from the codes' top bits, instead of selectors, tells which half of the table a byte
+  // comes from: 20 instructions of the ALU and a shift.
   __device__ __forceinline__ void decode(uint32_t word, uint32_t (&pairs)[4]) const {
-    const uint32_t low_bits = word & 0x77777777u;
-    const uint32_t top_bits = ((word >> 1) & 0x44444444u) | 0x32103210u;
+    const uint32_t low_bits = word & 0x77777777u, shifted = word << 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // PRMT reads 16 bits of selectors
-      const uint32_t bits = low_bits >> (16 * half), top = top_bits >> (16 * half);
+      const uint32_t bits = half == 0 ? low_bits : low_bits >> 16;
+      const uint32_t top = pick_bytes(word, shifted, half == 0 ? 0x9d8c : 0xbfae);
       const uint32_t l =
-          __byte_perm(__byte_perm(low[0], low[1], bits), __byte_perm(low[2], low[3], bits), top);
-      const uint32_t h = __byte_perm(__byte_perm(high[0], high[1], bits),
-                                     __byte_perm(high[2], high[3], bits), top);
-      pairs[2 * half] = __byte_perm(l, h, 0x4051);  // a byte's high nibble is the earlier value
-      pairs[2 * half + 1] = __byte_perm(l, h, 0x6273);
+          (pick_bytes(low[2], low[3], bits) & top) | (pick_bytes(low[0], low[1], bits) & ~top);
+      const uint32_t h =
+          (pick_bytes(high[2], high[3], bits) & top) | (pick_bytes(high[0], high[1], bits) & ~top);
+      pairs[2 * half] = pick_bytes(l, h, 0x4051);  // a byte's high nibble is the earlier value
+      pairs[2 * half + 1] = pick_bytes(l, h, 0x6273);
     }
   }
 };

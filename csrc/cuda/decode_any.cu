@@ -15,7 +15,6 @@
 // ulp(y) / 2. dx: code times scale in fp32, times dy: (N + 80) 2^-24 likewise. An identity matrix
 // gives the dequantized values exactly.
 #include "decode_common.cuh"
-#include "scales.h"
 
 namespace qlk::cuda {
 namespace {
@@ -75,11 +74,7 @@ __global__ void __launch_bounds__(kThreads) decode_linear_groups(const DecodeLin
       if (lane == m) own = sum[m];
     }
     if (lane < p.m) {
-      if (p.bias.data != nullptr) own += load_element(p.bias, n);
-      if (p.s.rank > 0) {
-        own = fmaf(p.scaling, lora_term(p.s, staged_s, lane, p.b, n), own);
-      }
-      store_element(p.y, p.y_dtype, lane * p.w.n + n, own);
+      store_y(p, staged_s, lane, n, own);
     }
   }
 }
@@ -115,14 +110,14 @@ __global__ void __launch_bounds__(kDecodeSimtBand)
 template <class T, int kRows, ScaleKind kind>
 cudaError_t launch(const DecodeLinear& p, int shared, cudaStream_t stream) {
   const auto kernel = decode_linear_groups<T, kRows, kind>;
-  const auto grid = static_cast<unsigned>(decode_ceil_div(p.w.n, p.rows));
+  const auto grid = static_cast<unsigned>(ceil_div(p.w.n, p.rows));
   kernel<<<grid, kThreads, shared, stream>>>(p);
   return cudaGetLastError();
 }
 
 template <class T, int kRows, ScaleKind kind>
 cudaError_t launch(const DecodeInputGrad& p, int, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(decode_ceil_div(p.w.k, kDecodeSimtBand)), p.count);
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.w.k, kDecodeSimtBand)), p.count);
   decode_input_grad_columns<T, kRows, kind><<<grid, kDecodeSimtBand, 0, stream>>>(p);
   return cudaGetLastError();
 }
@@ -139,15 +134,7 @@ cudaError_t launch(const Problem& p, int shared, cudaStream_t stream) {
 
 template <class Problem>
 cudaError_t launch(const Problem& p, DType dtype, int shared, cudaStream_t stream) {
-  switch (dtype) {
-    case DType::f32:
-      return launch<float>(p, shared, stream);
-    case DType::bf16:
-      return launch<__nv_bfloat16>(p, shared, stream);
-    case DType::f16:
-      return launch<__half>(p, shared, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_element(dtype, [&]<class T>() { return launch<T>(p, shared, stream); });
 }
 
 }  // namespace

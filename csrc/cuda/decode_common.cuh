@@ -1,5 +1,5 @@
-// What the decode kernels share: scales loaded ahead and decoded later, LoRA's small products, and
-// the kernels of each route as decode_launch.cu calls them.
+// What the decode kernels share: LoRA's small products, and the kernels of each route as
+// decode_launch.cu calls them.
 #pragma once
 #include <cstdint>
 
@@ -7,76 +7,11 @@
 #include "decode_tiles.h"
 #include "element.h"
 #include "launchers.h"
+#include "scales.h"
 
 namespace qlk::cuda {
 
-// --- scales
-// ---------------------------------------------------------------------------------------
-
-// A scale on its way: its bytes are asked for with the weights and decoded when they are needed.
-template <ScaleKind kind>
-struct PendingScale;
-
-template <>
-struct PendingScale<ScaleKind::fp32> {
-  float absmax;
-  __device__ __forceinline__ void load(const Weight& w, uint32_t block) {
-    absmax = __ldg(static_cast<const float*>(w.absmax) + block);
-  }
-  template <class Code>
-  __device__ __forceinline__ float value_at(const Code&, float) const {
-    return absmax;
-  }
-  __device__ __forceinline__ float value(const float*, float) const { return absmax; }
-};
-
-template <>
-struct PendingScale<ScaleKind::nested> {
-  uint32_t byte;
-  float group;
-  __device__ __forceinline__ void load(const Weight& w, uint32_t block) {
-    byte = __ldg(static_cast<const uint8_t*>(w.absmax) + block);
-    group = __ldg(w.nested_absmax + (block >> kNestedBlockLog2));
-  }
-  template <class Code>
-  __device__ __forceinline__ float value_at(const Code& code, float offset) const {
-    return __fadd_rn(__fmul_rn(code(byte), group), offset);
-  }
-  __device__ __forceinline__ float value(const float* code, float offset) const {
-    return value_at([&](uint32_t i) { return code[i]; }, offset);
-  }
-};
-
-// --- elements of a matrix whose type is known only when it runs
-// ------------------------------------
-
-__device__ __forceinline__ float load_element(const Matrix& a, int64_t i) {
-  switch (a.dtype) {
-    case DType::f32:
-      return __ldg(static_cast<const float*>(a.data) + i);
-    case DType::bf16:
-      return to_float(static_cast<const __nv_bfloat16*>(a.data)[i]);
-    default:
-      return to_float(static_cast<const __half*>(a.data)[i]);
-  }
-}
-
-__device__ __forceinline__ void store_element(void* to, DType dtype, int64_t i, float v) {
-  switch (dtype) {
-    case DType::f32:
-      static_cast<float*>(to)[i] = v;
-      break;
-    case DType::bf16:
-      static_cast<__nv_bfloat16*>(to)[i] = from_float<__nv_bfloat16>(v);
-      break;
-    case DType::f16:
-      static_cast<__half*>(to)[i] = from_float<__half>(v);
-      break;
-  }
-}
-
-// --- LoRA
-// -----------------------------------------------------------------------------------------
+// --- LoRA ----------------------------------------------------------------------------------------
 
 // S [m, rank] as its kernel left it: `parts` partial sums, fp32, one after the other.
 struct Projected {
@@ -174,8 +109,7 @@ __device__ __forceinline__ float lora_term(const Projected& s, const Place& stag
   return lora_term(PlainS{const_cast<float*>(s.parts), s.rank}, m, b, n, s.rank);
 }
 
-// --- kernels by route
-// -------------------------------------------------------------------------------
+// --- kernels by route ----------------------------------------------------------------------------
 
 // Everything of a forward launch once S is there.
 struct DecodeLinear {
@@ -190,6 +124,16 @@ struct DecodeLinear {
   DType y_dtype;
   int rows;  // of W, a CTA
 };
+
+// y[m, n] from its part of x W^T: bias and LoRA's part added, rounded once.
+template <class Place>
+__device__ __forceinline__ void store_y(const DecodeLinear& p, const Place& staged_s, int m,
+                                        int64_t n, float y) {
+  if (p.bias.data != nullptr) y += load_element(p.bias, n);
+  if (p.s.rank > 0) y = fmaf(p.scaling, lora_term(p.s, staged_s, m, p.b, n), y);
+  store_element(p.y, p.y_dtype, m * p.w.n + n, y);
+}
+
 cudaError_t decode_linear_mma(const DecodeLinear& p, DType x_dtype, int shared,
                               cudaStream_t stream);
 cudaError_t decode_linear_simt(const DecodeLinear& p, DType x_dtype, int shared,

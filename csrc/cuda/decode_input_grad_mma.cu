@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_input_grad(const DecodeInp
       for (int u = 0; u < kUnits; ++u) {
         if (unit + u < end) {
           Unit<kind, kColumns>& now = ahead[u];
-          const float own = now.scale.value(nested_code, offset);
+          const float own =
+              now.scale.value([&](uint32_t byte) { return nested_code[byte]; }, offset);
           float dy[kColumns][4];
 #pragma unroll
           for (int c = 0; c < kColumns; ++c) {
@@ -223,11 +224,9 @@ __global__ void __launch_bounds__(kThreads, 1) decode_input_grad(const DecodeInp
 template <class T, int kColumns, int kUnits, ScaleKind kind>
 cudaError_t launch(const DecodeInputGrad& p, int shared, cudaStream_t stream) {
   const auto kernel = decode_input_grad<T, kColumns, kUnits, kind>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  const int64_t units = decode_ceil_div(p.w.n, kUnitRows) * decode_ceil_div(p.w.k, kDecodeBand);
-  const auto grid = static_cast<unsigned>(decode_ceil_div(units, p.run));
+  if (cudaError_t e = allow_shared(kernel, shared); e != cudaSuccess) return e;
+  const int64_t units = ceil_div(p.w.n, kUnitRows) * ceil_div(p.w.k, kDecodeBand);
+  const auto grid = static_cast<unsigned>(ceil_div(units, p.run));
   kernel<<<grid, kThreads, shared, stream>>>(p);
   return cudaGetLastError();
 }

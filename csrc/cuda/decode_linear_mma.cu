@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kColumns>, 1) decode_linear(con
       // Adds a tile's part to its sums; `full`: it has more than 8 rows, else what is decoded of
       // rows g stands for rows g + 8, too.
       auto contract = [&]<bool full>(const Tile<kind>& tile, FragC(&out)[kColumns]) {
-        const float own = tile.scale.value(nested_code, offset);
+        const float own =
+            tile.scale.value([&](uint32_t byte) { return nested_code[byte]; }, offset);
         FragC part[kStep][kColumns] = {};
         auto scaled = [&](int i) {
           const float scale = __shfl_sync(~0u, own, 4 * g + i);
@@ -252,11 +253,7 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kColumns>, 1) decode_linear(con
             for (int v = 0; v < kWarps; ++v)
               y += from[v * 2 * kColumns * kSumLines * (kPairRow / 4)];
             y *= inverse_of_unit(code_unit);
-            if (p.bias.data != nullptr) y += load_element(p.bias, n);
-            if (p.s.rank > 0) {
-              y = fmaf(p.scaling, lora_term(p.s, staged_s, m, p.b, n), y);
-            }
-            store_element(p.y, p.y_dtype, m * p.w.n + n, y);
+            store_y(p, staged_s, m, n, y);
           }
         }
       }
@@ -267,10 +264,8 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kColumns>, 1) decode_linear(con
 template <class T, int kColumns, ScaleKind kind>
 cudaError_t launch(const DecodeLinear& p, int shared, cudaStream_t stream) {
   const auto kernel = decode_linear<T, kColumns, kind>;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  const auto grid = static_cast<unsigned>(decode_ceil_div(p.w.n, p.rows));
+  if (cudaError_t e = allow_shared(kernel, shared); e != cudaSuccess) return e;
+  const auto grid = static_cast<unsigned>(ceil_div(p.w.n, p.rows));
   kernel<<<grid, 32 * kWarpsFor<kColumns>, shared, stream>>>(p);
   return cudaGetLastError();
 }

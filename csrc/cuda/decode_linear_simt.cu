@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_linear(const DecodeLinear 
         RowPart<kind, kWords>& part = ahead[i % kAtOnce];
         if (pass + shelf + i * shelves < end_row) {
           const float scale =
-              part.scale.value_at([&](uint32_t byte) { return *gap(0, byte); }, offset);
+              part.scale.value([&](uint32_t byte) { return *gap(0, byte); }, offset);
           float dot[kRows] = {};
 #pragma unroll
           for (int w = 0; w < kWords; ++w) {
@@ -195,11 +195,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_linear(const DecodeLinear 
       if (m < p.m && n < end_row) {
         float y = 0;
         for (int r = 0; r < runs; ++r) y += *sum_at(own % shelves * runs + r, own / shelves, m);
-        if (p.bias.data != nullptr) y += load_element(p.bias, n);
-        if (p.s.rank > 0) {
-          y = fmaf(p.scaling, lora_term(p.s, staged_s, m, p.b, n), y);
-        }
-        store_element(p.y, p.y_dtype, m * p.w.n + n, y);
+        store_y(p, staged_s, m, n, y);
       }
     }
   }
@@ -208,10 +204,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_linear(const DecodeLinear 
 template <class T, int kRows, ScaleKind kind>
 cudaError_t launch(const DecodeLinear& p, int shared, cudaStream_t stream) {
   const auto kernel = decode_linear<T, kRows, kind>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  const auto grid = static_cast<unsigned>(decode_ceil_div(p.w.n, p.rows));
+  if (cudaError_t e = allow_shared(kernel, shared); e != cudaSuccess) return e;
+  const auto grid = static_cast<unsigned>(ceil_div(p.w.n, p.rows));
   kernel<<<grid, kThreads, shared, stream>>>(p);
   return cudaGetLastError();
 }
@@ -230,15 +224,7 @@ cudaError_t launch(const DecodeLinear& p, int shared, cudaStream_t stream) {
 
 cudaError_t decode_linear_simt(const DecodeLinear& p, DType x_dtype, int shared,
                                cudaStream_t stream) {
-  switch (x_dtype) {
-    case DType::f32:
-      return launch<float>(p, shared, stream);
-    case DType::bf16:
-      return launch<__nv_bfloat16>(p, shared, stream);
-    case DType::f16:
-      return launch<__half>(p, shared, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_element(x_dtype, [&]<class T>() { return launch<T>(p, shared, stream); });
 }
 
 }  // namespace qlk::cuda

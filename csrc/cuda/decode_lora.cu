@@ -96,29 +96,20 @@ __global__ void __launch_bounds__(kFinishThreads) finish(const DecodeFinish p) {
 
 cudaError_t decode_project_simt(const Projection& p, cudaStream_t stream) {
   const dim3 grid(p.rank, p.parts);
-  switch (p.x_dtype) {
-    case DType::f32:
-      decode_project<float><<<grid, kProjectThreads, 0, stream>>>(p);
-      break;
-    case DType::bf16:
-      decode_project<__nv_bfloat16><<<grid, kProjectThreads, 0, stream>>>(p);
-      break;
-    case DType::f16:
-      decode_project<__half><<<grid, kProjectThreads, 0, stream>>>(p);
-      break;
-  }
-  return cudaGetLastError();
+  return with_element(p.x_dtype, [&]<class T>() {
+    decode_project<T><<<grid, kProjectThreads, 0, stream>>>(p);
+    return cudaGetLastError();
+  });
 }
 
 cudaError_t decode_to_float(const Matrix& from, int64_t count, float* to, cudaStream_t stream) {
-  to_floats<<<static_cast<unsigned>(decode_ceil_div(count, 256)), 256, 0, stream>>>(from, count,
-                                                                                    to);
+  to_floats<<<static_cast<unsigned>(ceil_div(count, 256)), 256, 0, stream>>>(from, count, to);
   return cudaGetLastError();
 }
 
 cudaError_t decode_finish(const DecodeFinish& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(decode_ceil_div(p.k, kFinishThreads)),
-                  static_cast<unsigned>(decode_ceil_div(p.m, kFinishRows)));
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.k, kFinishThreads)),
+                  static_cast<unsigned>(ceil_div(p.m, kFinishRows)));
   finish<<<grid, kFinishThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) decode_project_tiles(const Projectio
 
 template <class T>
 void launch(const Projection& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(decode_ceil_div(p.rank, kTile)), p.parts);
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.rank, kTile)), p.parts);
   if (p.m <= 8)
     decode_project_tiles<T, 1><<<grid, kThreads, 0, stream>>>(p);
   else

@@ -34,8 +34,7 @@ constexpr int kDecodeStagedRank = 256;  // up to here S lies in shared memory
 constexpr int kDecodeTableBytes = 64 << 10;       // the codebook's pairs; sums lie in its gaps
 constexpr int kDecodeCodeBytes = (1 << 10) + 16;  // the nested code, the codes' unit
 
-constexpr int64_t decode_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t decode_align(int64_t bytes) { return decode_ceil_div(bytes, 256) * 256; }
+constexpr int64_t decode_align(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 
 // What the mma and fp32 kernels ask of a weight (launchers also look at pointers).
 constexpr bool decode_aligned(int64_t n, int64_t k, int block_log2) {
@@ -46,8 +45,8 @@ constexpr bool decode_aligned(int64_t n, int64_t k, int block_log2) {
 // Parts of the contraction of S or dS, summed where S is used.
 constexpr int decode_lora_splits(int64_t contraction, int64_t rank) {
   if (rank > kDecodeStagedRank) return 1;
-  const int64_t tiles = decode_ceil_div(rank, 16);
-  const int64_t want = decode_ceil_div(16, tiles), most = decode_ceil_div(contraction, 512);
+  const int64_t tiles = ceil_div(rank, 16);
+  const int64_t want = ceil_div(16, tiles), most = ceil_div(contraction, 512);
   return static_cast<int>(want < most ? want : most);
 }
 
@@ -103,21 +102,21 @@ constexpr Plan decode_plan(Route route, const Shape& s, int sms) {
   p.stages = 1;
   p.splits = 1;
   if (s.pass == Pass::forward) {
-    p.tile_n = static_cast<int>(decode_ceil_div(s.n, sms));
+    p.tile_n = static_cast<int>(ceil_div(s.n, sms));
     p.tile_k = static_cast<int>(s.k);
   } else if (route == Route::decode_simt) {  // bands of 256 columns, rows cut to fill the device
-    const int64_t bands = decode_ceil_div(s.k, kDecodeSimtBand);
-    const int64_t want = decode_ceil_div(int64_t{4} * sms, bands);
-    const int64_t most = decode_ceil_div(s.n, 64);
+    const int64_t bands = ceil_div(s.k, kDecodeSimtBand);
+    const int64_t want = ceil_div(int64_t{4} * sms, bands);
+    const int64_t most = ceil_div(s.n, 64);
     p.splits = static_cast<int>(want < most ? want : most);
-    p.tile_n = static_cast<int>(decode_ceil_div(s.n, p.splits));
+    p.tile_n = static_cast<int>(ceil_div(s.n, p.splits));
     p.tile_k = kDecodeSimtBand;
   } else {  // units of 16 rows by one band, band after band, cut into equal runs
-    const int64_t units = decode_ceil_div(s.n, kDecodeTileRows);
-    const int64_t run = decode_ceil_div(units * decode_ceil_div(s.k, kDecodeBand), sms);
+    const int64_t units = ceil_div(s.n, kDecodeTileRows);
+    const int64_t run = ceil_div(units * ceil_div(s.k, kDecodeBand), sms);
     p.tile_n = static_cast<int>(run * kDecodeTileRows);
     p.tile_k = kDecodeBand;
-    p.splits = static_cast<int>(decode_ceil_div(units, run) + 1);
+    p.splits = static_cast<int>(ceil_div(units, run) + 1);
   }
   p.shared_bytes = decode_shared_bytes(p, s);
   p.workspace_bytes = decode_workspace_bytes(p, s);

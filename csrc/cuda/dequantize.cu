@@ -134,15 +134,7 @@ cudaError_t launch(const Weight& w, Range range, void* out, cudaStream_t stream)
 cudaError_t launch_dequantize(const Weight& w, int64_t begin, int64_t count, void* out, DType dtype,
                               cudaStream_t stream) {
   const Range range{begin, count};
-  switch (dtype) {
-    case DType::f32:
-      return launch<float>(w, range, out, stream);
-    case DType::bf16:
-      return launch<__nv_bfloat16>(w, range, out, stream);
-    case DType::f16:
-      return launch<__half>(w, range, out, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_element(dtype, [&]<class T>() { return launch<T>(w, range, out, stream); });
 }
 
 }  // namespace qlk::cuda

@@ -1,10 +1,13 @@
 // Elements of fp32, bf16 and f16 as the kernels move them: 16 bytes at a time, converted one by
-// one. Conversions round to nearest even and keep NaN a NaN; nothing here is contracted or flushed.
+// one; elements of a type that is known only when a kernel runs; launches by element type.
+// Conversions round to nearest even and keep NaN a NaN; nothing here is contracted or flushed.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
+
+#include "launchers.h"
 
 namespace qlk::cuda {
 
@@ -37,5 +40,51 @@ struct alignas(16) Vec16 {
 };
 
 __host__ __device__ constexpr bool is_aligned_16(uint64_t address) { return address % 16 == 0; }
+
+// --- of a type that is known only when the kernel runs -------------------------------------------
+
+__device__ __forceinline__ float load_element(const Matrix& a, int64_t i) {
+  switch (a.dtype) {
+    case DType::f32:
+      return __ldg(static_cast<const float*>(a.data) + i);
+    case DType::bf16:
+      return to_float(static_cast<const __nv_bfloat16*>(a.data)[i]);
+    default:
+      return to_float(static_cast<const __half*>(a.data)[i]);
+  }
+}
+
+__device__ __forceinline__ void store_element(void* to, DType dtype, int64_t i, float v) {
+  if (dtype == DType::f32) {
+    static_cast<float*>(to)[i] = v;
+  } else if (dtype == DType::bf16) {
+    static_cast<__nv_bfloat16*>(to)[i] = from_float<__nv_bfloat16>(v);
+  } else {
+    static_cast<__half*>(to)[i] = from_float<__half>(v);
+  }
+}
+
+// Calls `f` with the type as a constant: f.template operator()<float>() and so on.
+template <class F>
+cudaError_t with_element(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f.template operator()<float>();
+    case DType::bf16:
+      return f.template operator()<__nv_bfloat16>();
+    case DType::f16:
+      return f.template operator()<__half>();
+  }
+  return cudaErrorInvalidValue;
+}
+
+// More than 48 KB of shared memory, a kernel's static share included, has to be asked for; the
+// runtime remembers it for each device.
+template <class Kernel>
+cudaError_t allow_shared(Kernel kernel, int bytes) {
+  if (bytes <= 47 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
 
 }  // namespace qlk::cuda

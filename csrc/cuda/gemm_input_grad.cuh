@@ -201,7 +201,7 @@ struct InputGrad {
 #pragma unroll
         for (int word = 0; word < Packed::kWords; ++word) {
           uint32_t eight[4];
-          decode(eight, table, codes[word]);
+          table.decode(codes[word], eight);
           store_shared(to ^ ((read * Packed::kWords + word) * kChunkBytes), eight);
         }
       }
@@ -219,7 +219,7 @@ struct InputGrad {
     wait_async<kStages - 2>();
     __syncthreads();
     if (0 < weight_steps) {
-      table.build(codebook, scale.get(scales));
+      table.build(codebook, scale_value(scale, scales));
       decode_reads(0, 0, Packed::kReads);
     } else {
       lora_rows(0);
@@ -237,7 +237,7 @@ struct InputGrad {
       const uint32_t dy = stages + step % kStages * kStageBytes;
       const uint32_t from = decoded + step % 2 * kDecodedBytes;
       if (step + 1 < weight_steps && step + 1 < count) {
-        table.build(codebook, scale.get(scales));
+        table.build(codebook, scale_value(scale, scales));
         scale = load_scale(step + 2);
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
@@ -324,24 +324,15 @@ cudaError_t launch(const GemmInputGradArguments& a, int splits, cudaStream_t str
   return cudaGetLastError();
 }
 
-template <class T, ScaleKind kind, int index = 0>
-cudaError_t launch_tile(const GemmInputGradArguments& a, const GemmTile& tile, int splits,
-                        cudaStream_t stream) {
-  if constexpr (index == std::size(kInputGradTiles)) {
-    return cudaErrorInvalidConfiguration;
-  } else {
-    if (tile == kInputGradTiles[index]) return launch<T, kind, index>(a, splits, stream);
-    return launch_tile<T, kind, index + 1>(a, tile, splits, stream);
-  }
-}
-
 }  // namespace
 
 template <class T>
 cudaError_t run_gemm_input_grad(const GemmInputGradArguments& a, const GemmTile& tile, int splits,
                                 cudaStream_t stream) {
-  return a.w.kind == ScaleKind::fp32 ? launch_tile<T, ScaleKind::fp32>(a, tile, splits, stream)
-                                     : launch_tile<T, ScaleKind::nested>(a, tile, splits, stream);
+  return with_tile<kInputGradTiles>(tile, [&]<int index>() {
+    return a.w.kind == ScaleKind::fp32 ? launch<T, ScaleKind::fp32, index>(a, splits, stream)
+                                       : launch<T, ScaleKind::nested, index>(a, splits, stream);
+  });
 }
 
 }  // namespace qlk::cuda

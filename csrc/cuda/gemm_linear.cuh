@@ -233,7 +233,7 @@ struct Linear {
       commit_async();
       RegisterTable<T> table[kGroups];
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) table[j].build(codebook, next[j].get(scales));
+      for (int j = 0; j < kGroups; ++j) table[j].build(codebook, scale_value(next[j], scales));
       if (step + 1 < count) load_scales(next, step + 1);
 
       const uint32_t stage = step % kStages * kStageBytes;
@@ -247,7 +247,7 @@ struct Linear {
         for (int word = 0; word < Packed::kWords; ++word) {
           uint32_t w[kGroups][4];
 #pragma unroll
-          for (int j = 0; j < kGroups; ++j) decode(w[j], table[j], codes[j][word]);
+          for (int j = 0; j < kGroups; ++j) table[j].decode(codes[j][word], w[j]);
           multiply(acc, w, x_first + stage, read * Packed::kWords + word);
         }
       }
@@ -312,7 +312,7 @@ struct Linear {
     if (bias.data != nullptr) {
 #pragma unroll
       for (int j = 0; j < kGroups; ++j)
-        if (row + j < columns) add[j] = element(bias, row + j);
+        if (row + j < columns) add[j] = load_element(bias, row + j);
     }
 #pragma unroll
     for (int i = 0; i < 2 * kTilesM; ++i) {
@@ -345,24 +345,15 @@ cudaError_t launch(const GemmLinearArguments& a, int splits, cudaStream_t stream
   return cudaGetLastError();
 }
 
-template <class T, ScaleKind kind, int index = 0>
-cudaError_t launch_tile(const GemmLinearArguments& a, const GemmTile& tile, int splits,
-                        cudaStream_t stream) {
-  if constexpr (index == std::size(kLinearTiles)) {
-    return cudaErrorInvalidConfiguration;
-  } else {
-    if (tile == kLinearTiles[index]) return launch<T, kind, index>(a, splits, stream);
-    return launch_tile<T, kind, index + 1>(a, tile, splits, stream);
-  }
-}
-
 }  // namespace
 
 template <class T>
 cudaError_t run_gemm_linear(const GemmLinearArguments& a, const GemmTile& tile, int splits,
                             cudaStream_t stream) {
-  return a.w.kind == ScaleKind::fp32 ? launch_tile<T, ScaleKind::fp32>(a, tile, splits, stream)
-                                     : launch_tile<T, ScaleKind::nested>(a, tile, splits, stream);
+  return with_tile<kLinearTiles>(tile, [&]<int index>() {
+    return a.w.kind == ScaleKind::fp32 ? launch<T, ScaleKind::fp32, index>(a, splits, stream)
+                                       : launch<T, ScaleKind::nested, index>(a, splits, stream);
+  });
 }
 
 }  // namespace qlk::cuda

@@ -139,7 +139,7 @@ __global__ void lora_finish(const LoraProblem p, const int64_t columns) {
   if (r < p.rank) {
     const int64_t from = row * p.rank + r;
     if (p.given.data != nullptr) {
-      sum = element(p.given, from);
+      sum = load_element(p.given, from);
     } else {
       const int64_t spans = (p.columns + kLoraSpan - 1) / kLoraSpan;
 #pragma unroll 8
@@ -179,7 +179,7 @@ __global__ void sum_splits(const float* partial, int splits, int64_t m, int64_t 
   }
   if (bias.data != nullptr) {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum[i] += element(bias, at % n + i);
+    for (int i = 0; i < kWidth; ++i) sum[i] += load_element(bias, at % n + i);
   }
   if (kWidth == 4 && dtype == DType::f32) {
     *reinterpret_cast<float4*>(static_cast<float*>(y) + at) = {sum[0], sum[kWidth / 4],
@@ -216,15 +216,7 @@ cudaError_t launch_partial(const LoraProblem& p, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_partial(const LoraProblem& p, cudaStream_t stream) {
-  switch (p.factor.dtype) {
-    case DType::f32:
-      return launch_partial<T, float>(p, stream);
-    case DType::bf16:
-      return launch_partial<T, __nv_bfloat16>(p, stream);
-    case DType::f16:
-      return launch_partial<T, __half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_element(p.factor.dtype, [&]<class F>() { return launch_partial<T, F>(p, stream); });
 }
 
 }  // namespace

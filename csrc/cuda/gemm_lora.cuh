@@ -1,5 +1,7 @@
 // What both GEMMs need around them: S = x A^T or dS = dy B before, the sum of the splits after.
 #pragma once
+#include <iterator>
+
 #include "codebook.cuh"
 #include "element.h"
 #include "gemm_tiles.h"
@@ -29,22 +31,14 @@ cudaError_t launch_lora(const LoraProblem& p, cudaStream_t stream);
 cudaError_t launch_sum_splits(const float* partial, int splits, int64_t m, int64_t n,
                               const Matrix& bias, void* y, DType dtype, cudaStream_t stream);
 
-// More than 48 KB of shared memory, a kernel's static share included, has to be asked for; the
-// runtime remembers it for each device.
-template <class Kernel>
-cudaError_t allow_shared(Kernel kernel, int bytes) {
-  if (bytes <= 47 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
-__device__ __forceinline__ void store_element(void* out, DType dtype, int64_t at, float v) {
-  if (dtype == DType::f32) {
-    static_cast<float*>(out)[at] = v;
-  } else if (dtype == DType::bf16) {
-    static_cast<__nv_bfloat16*>(out)[at] = from_float<__nv_bfloat16>(v);
+// Calls `f` with the index of `tile` in a list as a constant: f.template operator()<0>() and so on.
+template <const auto& kTiles, int kIndex = 0, class F>
+cudaError_t with_tile(const GemmTile& tile, F&& f) {
+  if constexpr (kIndex == std::size(kTiles)) {
+    return cudaErrorInvalidConfiguration;
   } else {
-    static_cast<__half*>(out)[at] = from_float<__half>(v);
+    if (tile == kTiles[kIndex]) return f.template operator()<kIndex>();
+    return with_tile<kTiles, kIndex + 1>(tile, f);
   }
 }
 

@@ -39,8 +39,6 @@ constexpr int kElementBytes = 2;     // bf16, f16
 constexpr int kLoraPad = 64;         // S and dS are padded to columns of this
 constexpr int kLoraSpan = 256;       // contraction that one CTA of the S kernel takes
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 constexpr bool operator==(const GemmTile& a, const GemmTile& b) {
   return a.m == b.m && a.n == b.n && a.k == b.k && a.warps == b.warps && a.stages == b.stages;
 }

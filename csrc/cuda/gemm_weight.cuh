@@ -28,36 +28,21 @@ __device__ __forceinline__ ScaleReader<kind> cached_scales(const Weight& w) {
   return {w.absmax, w.nested_absmax, w.nested_code, kind == ScaleKind::nested ? *w.offset : 0.0f};
 }
 
-// A scale on its way: loaded a step before it is used, so that nothing waits for DRAM.
 template <ScaleKind kind>
-struct PendingScale;
+__device__ __forceinline__ float scale_value(const PendingScale<kind>& scale,
+                                             const ScaleReader<kind>& r) {
+  return scale.value([&](uint32_t byte) { return __ldg(r.code + byte); }, r.scalar);
+}
 
-template <>
-struct PendingScale<ScaleKind::fp32> {
-  float value;
-  __device__ __forceinline__ float get(const ScaleReader<ScaleKind::fp32>&) const { return value; }
-};
-template <>
-struct PendingScale<ScaleKind::nested> {
-  uint32_t byte;
-  float group;
-  __device__ __forceinline__ float get(const ScaleReader<ScaleKind::nested>& r) const {
-    return __fadd_rn(__fmul_rn(__ldg(r.code + byte), group), r.scalar);
-  }
-};
-
-// A run outside of the weight has the scale `outside`, which get() turns into 0 or the offset: what
-// it decodes to is finite, and meets zeros of x, or is not stored.
+// A run outside of the weight has no bytes, which stand for 0 or the offset: what it decodes to is
+// finite, and meets zeros of x, or is not stored.
 template <ScaleKind kind>
 __device__ __forceinline__ PendingScale<kind> load_scale_early(const ScaleReader<kind>& r,
                                                                uint32_t block, bool inside) {
-  if constexpr (kind == ScaleKind::fp32) {
-    return {inside ? __ldg(static_cast<const float*>(r.absmax) + block) : 0.0f};
-  } else {
-    if (!inside) return {0u, 0.0f};
-    return {__ldg(static_cast<const uint8_t*>(r.absmax) + block),
-            __ldg(r.nested_absmax + (block >> kNestedBlockLog2))};
-  }
+  if (!inside) return {};
+  PendingScale<kind> scale;
+  scale.load(r, block);
+  return scale;
 }
 
 // A tile of packed weights in shared memory: kRows rows of kColumns / 2 bytes.
@@ -89,33 +74,6 @@ struct PackedTile {
   }
 };
 
-// Four bytes of the eight in `a` and `b`, by four selectors: bits 0 ... 2 of a nibble; bit 3 fills
-// the byte with its top bit. (__byte_perm clears bit 3 first, an instruction for each.)
-__device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selectors) {
-  uint32_t bytes;
-  asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(bytes) : "r"(a), "r"(b), "r"(selectors));
-  return bytes;
-}
-
-// RegisterTable::decode in 20 instructions of the ALU and a shift: a mask from the codes' top bits,
-// instead of selectors, tells which half of the table a byte comes from.
-template <class T>
-__device__ __forceinline__ void decode(uint32_t (&pairs)[4], const RegisterTable<T>& table,
-                                       uint32_t word) {
-  const uint32_t low_bits = word & 0x77777777u, shifted = word << 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {  // PRMT reads 16 bits of selectors
-    const uint32_t bits = half == 0 ? low_bits : low_bits >> 16;
-    const uint32_t top = pick_bytes(word, shifted, half == 0 ? 0x9d8c : 0xbfae);
-    const uint32_t low = (pick_bytes(table.low[2], table.low[3], bits) & top) |
-                         (pick_bytes(table.low[0], table.low[1], bits) & ~top);
-    const uint32_t high = (pick_bytes(table.high[2], table.high[3], bits) & top) |
-                          (pick_bytes(table.high[0], table.high[1], bits) & ~top);
-    pairs[2 * half] = pick_bytes(low, high, 0x4051);  // a byte's high nibble is the earlier value
-    pairs[2 * half + 1] = pick_bytes(low, high, 0x6273);
-  }
-}
-
 // Eight weights of one row, one by one: any k, any alignment, blocks that begin anywhere.
 template <class T, ScaleKind kind>
 __device__ __forceinline__ void gather_weights(uint32_t (&out)[4], const Weight& w,
@@ -138,19 +96,8 @@ __device__ __forceinline__ void gather_weights(uint32_t (&out)[4], const Weight&
   }
 }
 
-// Elements `column` ... of a row-major matrix of any dtype, as floats, zero outside.
-__device__ __forceinline__ float element(const Matrix& a, int64_t at) {
-  switch (a.dtype) {
-    case DType::f32:
-      return static_cast<const float*>(a.data)[at];
-    case DType::bf16:
-      return to_float(static_cast<const __nv_bfloat16*>(a.data)[at]);
-    default:
-      return to_float(static_cast<const __half*>(a.data)[at]);
-  }
-}
-
-// Eight of them as four registers of T. `whole`: rows start at multiples of 16 bytes.
+// Eight elements, from `column` of a row of a row-major matrix of any dtype, as four registers of
+// T; zero outside. `whole`: rows start at multiples of 16 bytes.
 template <class T>
 __device__ __forceinline__ void eight_elements(uint32_t (&out)[4], const Matrix& a, int64_t row,
                                                int64_t column, int64_t rows, int64_t columns,
@@ -179,7 +126,7 @@ __device__ __forceinline__ void eight_elements(uint32_t (&out)[4], const Matrix&
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i)
-        if (column + i < columns) v[i] = element(a, at + i);
+        if (column + i < columns) v[i] = load_element(a, at + i);
     }
   }
 #pragma unroll

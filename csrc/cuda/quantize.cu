@@ -265,15 +265,7 @@ int64_t groups_of(int64_t count) { return (count + kNestedBlock - 1) / kNestedBl
 }  // namespace
 
 cudaError_t launch_quantize(const QuantizeProblem& p, cudaStream_t stream) {
-  switch (p.dtype) {
-    case DType::f32:
-      return launch<float>(p, stream);
-    case DType::bf16:
-      return launch<__nv_bfloat16>(p, stream);
-    case DType::f16:
-      return launch<__half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_element(p.dtype, [&]<class T>() { return launch<T>(p, stream); });
 }
 
 int64_t quantize_absmax_workspace(int64_t count) {

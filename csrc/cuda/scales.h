@@ -59,6 +59,40 @@ __device__ __forceinline__ ScaleReader<kind> scale_reader(const Weight& w, float
   return {w.absmax, w.nested_absmax, code, scalar};
 }
 
+// A scale on its way: its bytes are asked for with the weights, a step early, and decoded when they
+// are needed. All zero it stands for 0, or for the offset. `from`: a Weight or a ScaleReader.
+template <ScaleKind kind>
+struct PendingScale;
+
+template <>
+struct PendingScale<ScaleKind::fp32> {
+  float absmax;
+  template <class From>
+  __device__ __forceinline__ void load(const From& from, uint32_t block) {
+    absmax = __ldg(static_cast<const float*>(from.absmax) + block);
+  }
+  template <class Code>
+  __device__ __forceinline__ float value(const Code&, float) const {
+    return absmax;
+  }
+};
+
+template <>
+struct PendingScale<ScaleKind::nested> {
+  uint32_t byte;
+  float group;
+  template <class From>
+  __device__ __forceinline__ void load(const From& from, uint32_t block) {
+    byte = __ldg(static_cast<const uint8_t*>(from.absmax) + block);
+    group = __ldg(from.nested_absmax + (block >> kNestedBlockLog2));
+  }
+  // `code(byte)`: the nested code, wherever it lies.
+  template <class Code>
+  __device__ __forceinline__ float value(const Code& code, float offset) const {
+    return __fadd_rn(__fmul_rn(code(byte), group), offset);
+  }
+};
+
 // Calls `f` with the kind as a constant: f.template operator()<ScaleKind::fp32>() and so on.
 template <class F>
 cudaError_t with_scale_kind(ScaleKind kind, F&& f) {

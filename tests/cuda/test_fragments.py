@@ -106,7 +106,7 @@ __device__ void decode_words(const float* codebook, const float* scales, const u
   RegisterTable<T> table;
   table.build(codebook, scales[i]);
   uint32_t pairs[4];
-  decode(pairs, table, words[i]);
+  table.decode(words[i], pairs);
   for (int j = 0; j < 4; ++j) out[4 * i + j] = pairs[j];
 }
 extern "C" __global__ void decode_bf16(const float* c, const float* s, const uint32_t* w,
