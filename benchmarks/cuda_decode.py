@@ -25,13 +25,13 @@ from pathlib import Path
 import harness
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "cuda"))
-
-from decode_launchers import MMA, SIMT, Launcher, Quantized, library
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qlora_kernels import formats
 from qlora_kernels.emulator import devices, model, sass, toolchain
 from qlora_kernels.emulator.runtime import EmulatedRuntime
+from tests.cuda.decode_launchers import MMA, SIMT, Launcher, library
+from tests.cuda.launchers import Quantized
 
 SHAPES = {
     "7B q": (4096, 4096), "7B up": (11008, 4096), "7B down": (4096, 11008),

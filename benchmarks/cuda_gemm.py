@@ -29,9 +29,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cuda")]
-
-import gemm_launchers as launchers  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from qlora_kernels.emulator import sass, toolchain  # noqa: E402
 from qlora_kernels.emulator.devices import Device, get_device  # noqa: E402
@@ -45,20 +43,21 @@ from qlora_kernels.emulator.model import (  # noqa: E402
     work_of,
 )  # fmt: skip
 from qlora_kernels.emulator.runtime import EmulatedRuntime, _parsed  # noqa: E402
+from tests.cuda import gemm_launchers as launchers  # noqa: E402
+from tests.cuda.launchers import FORWARD, INPUT_GRAD, SOURCES, Quantized  # noqa: E402
 
 DEVICES = ("a100", "h100", "h200", "rtx4090")
 SHAPES = {  # out, in
     "7B q k v o": (4096, 4096), "7B gate up": (11008, 4096), "7B down": (4096, 11008),
     "70B q o": (8192, 8192), "70B gate up": (28672, 8192), "70B down": (8192, 28672),
 }  # fmt: skip
-FORWARD, INPUT_GRAD = launchers.FORWARD, launchers.INPUT_GRAD
 PASSES = {FORWARD: "forward", INPUT_GRAD: "dX"}
 BITS = {False: 4.5, True: 4.127}  # a weight, blocks of 64
 
 
 def tiles(pass_: int) -> list[tuple[int, ...]]:
     """What gemm_tiles.h lists as compiled, but for the tile that takes any shape."""
-    text = (launchers.SOURCES / "gemm_tiles.h").read_text()
+    text = (SOURCES / "gemm_tiles.h").read_text()
     name = "kLinearTiles" if pass_ == FORWARD else "kInputGradTiles"
     listed = re.search(rf"{name}\[\] = \{{(.*?)\n\}};", text, re.DOTALL)
     assert listed is not None
@@ -239,7 +238,7 @@ def tensors(pass_: int, m: int, n: int, k: int, rank: int, nested: bool, lora: t
     key = (pass_, m, n, k, rank, nested, lora)
     if key not in _cache:
         _cache.clear()
-        q = launchers.Quantized(
+        q = Quantized(
             torch.zeros(n * k // 2, dtype=torch.uint8), torch.zeros(n * k // 64),
             torch.zeros(16), 64, (n, k),
         )  # fmt: skip
@@ -262,7 +261,7 @@ def call(
     gpu = get_device(device)
     sampler = Sampler(gpu)
     with EmulatedRuntime(device, library=library(pass_), engine=sampler, strict=False) as rt:
-        launcher = launchers.Launcher(rt, rt.lib)
+        launcher = launchers.Launcher(rt)
         run = launcher.linear if pass_ == FORWARD else launcher.input_grad
         run(q, x, tile, splits, a=a, b=b)
         if launcher.status:

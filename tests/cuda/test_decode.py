@@ -18,7 +18,8 @@ from qlora_kernels.emulator import toolchain
 from qlora_kernels.emulator.runtime import EmulatedRuntime
 from qlora_kernels.formats import Format
 
-from .decode_launchers import MMA, SIMT, Launcher, Quantized, library, moved, quantized
+from .decode_launchers import MMA, SIMT, Launcher, library
+from .launchers import Quantized, moved, quantized
 
 pytestmark = pytest.mark.skipif(
     toolchain.available("nvcc", "ptxas") is not None,
@@ -69,7 +70,7 @@ class Layer:
                 b=self.b, s=s, scaling=self.scaling, y_dtype=y_dtype, sms=sms,
             )  # fmt: skip
         self.clean(run)
-        w, x, k = self.q.dense(), self.x.double(), self.q.shape[1]
+        w, x, k = self.q.dense().double(), self.x.double(), self.q.shape[1]
         u = HALF_ULP[self.x.dtype] if route == MMA else 0.0
         size = x.abs() @ w.abs().T
         slack = (u + (k + 80) * E) * size
@@ -101,7 +102,7 @@ class Layer:
                 self.q, self.dy, route, a=self.a, b=self.b, scaling=self.scaling, sms=sms
             )
         self.clean(run)
-        w, dy, n = self.q.dense(), self.dy.double(), self.q.shape[0]
+        w, dy, n = self.q.dense().double(), self.dy.double(), self.q.shape[0]
         u = HALF_ULP[self.dy.dtype] if route == MMA else 0.0
         slack = (2 * u + u * u + (n + 80) * E) * (dy.abs() @ w.abs())
         per_block = self.q.scales().double().repeat_interleave(self.q.blocksize)
@@ -211,19 +212,19 @@ def test_identity_gives_the_weights(dtype, nested):
                 x = one_hot(rows, 192, first, dtype)
                 y = Launcher(rt).linear(q, x, route, y_dtype=F32, sms=2).out
             columns = (first + torch.arange(rows)) % 192
-            assert torch.equal(y.double(), q.dense(book)[:, columns].T)
+            assert torch.equal(y.double(), q.dense(codebook=book)[:, columns].double().T)
 
 
 def test_identity_is_dequantization_where_the_codes_fit():
     book = torch.tensor([-8.0, 3, 1, 0, 7, -7, 5, 2, -1, 4, -3, 6, -6, -2, -5, -4])
-    q = quantized(20, 128, codebook=book)
+    q = quantized(20, 128, nested=True, codebook=book)
     with EmulatedRuntime("h100", library()) as rt:
         y = Launcher(rt).linear(q, one_hot(15, 128, 60, BF16), MMA).out
     assert torch.equal(y.float(), q.dense().to(BF16).float()[:, 60:75].T)
 
 
 def test_identity_of_dy_gives_the_weights():
-    q = quantized(16, 64 * 40)  # 640 blocks
+    q = quantized(16, 64 * 40, nested=True)  # 640 blocks
     scales = q.scales().to(BF16).repeat_interleave(64).view(q.shape)
     codes = quantized_codes(q, rounded_codes(q.codebook, BF16))
     with EmulatedRuntime("h100", library()) as rt:
@@ -383,7 +384,7 @@ def test_beyond_two_to_the_31():
     with EmulatedRuntime("h100", library(), blocks=[n // rows - 1]) as rt:
         y = Launcher(rt).linear(q, x, MMA, sms=n // rows).out
     last = Quantized(packed[-rows * k // 2 :], absmax[-rows * k // 64 :], book, 64, (rows, k))
-    w = last.dense()
+    w = last.dense().double()
     slack = (2.0**-8 + (k + 80) * E) * (x.double().abs() @ w.abs().T)
     Layer.close(y[:, -rows:], x.double() @ w.T, slack)
 

@@ -17,7 +17,8 @@ from qlora_kernels.emulator.devices import DEVICES, occupancy
 from qlora_kernels.emulator.runtime import EmulatedRuntime
 
 from . import gemm_launchers as launchers
-from .gemm_launchers import FORWARD, INPUT_GRAD, SOURCES, Launcher, Quantized, quantized
+from .gemm_launchers import Launcher
+from .launchers import FORWARD, INPUT_GRAD, OPTIONS, SOURCES, Quantized, moved, quantized
 
 pytestmark = pytest.mark.skipif(
     toolchain.available() is not None, reason=str(toolchain.available())
@@ -54,7 +55,7 @@ def runs(library: Path) -> Callable:
     @contextmanager
     def enter(device: str = "a100", **options) -> Iterator[Launcher]:
         with EmulatedRuntime(device, library=library, **options) as rt:
-            yield Launcher(rt, rt.lib)
+            yield Launcher(rt)
 
     return enter
 
@@ -89,8 +90,8 @@ def check_linear(
     terms = [(x, q.dense(x.dtype))]
     if b is not None:
         if s is None:
-            check_sum(run.extra, [(x, a.to(x.dtype))], 256)
-            s = run.extra
+            check_sum(run.s, [(x, a.to(x.dtype))], 256)
+            s = run.s
         # What the tensor cores saw: the kernel's own S, scaled and rounded once.
         terms.append(((s.float() * scaling).to(x.dtype), b.to(x.dtype)))
     check_sum(run.out, terms, splits + 2, bias)
@@ -105,8 +106,8 @@ def check_grad(
     assert launcher.status == 0
     terms = [(dy, q.dense(dy.dtype).T)]
     if b is not None:
-        check_sum(run.extra / scaling, [(dy, b.to(dy.dtype).T)], 256)
-        terms.append((run.extra.to(dy.dtype), a.to(dy.dtype).T))
+        check_sum(run.s / scaling, [(dy, b.to(dy.dtype).T)], 256)
+        terms.append((run.s.to(dy.dtype), a.to(dy.dtype).T))
     check_sum(run.out, terms, splits + 2)
     return run.out
 
@@ -223,11 +224,11 @@ def test_addresses_that_are_not_aligned(runs, what):
     a, b = factors(n, k, rank)
     x, dy = torch.randn(16, k).to(BF16), torch.randn(16, n).to(BF16)
     if what == "x":
-        x, dy = launchers.offset_copy(x, 1), launchers.offset_copy(dy, 3)
+        x, dy = moved(x, 1), moved(dy, 3)
     elif what == "packed":
-        q.packed = launchers.offset_copy(q.packed, 1)
+        q.packed = moved(q.packed, 1)
     elif what == "A and B":
-        a, b = launchers.offset_copy(a, 1), launchers.offset_copy(b, 1)
+        a, b = moved(a, 1), moved(b, 1)
     with runs() as launcher:
         launcher.out_offset = 1 if what == "y" else 0
         check_linear(launcher, q, x, LINEAR[0], 1, a=a, b=b, y_dtype=BF16)
@@ -348,7 +349,7 @@ def shared_bytes(tile, pass_) -> int:
     "target", ["sm_80", *(pytest.param(t, marks=pytest.mark.full) for t in ("sm_89", "sm_90"))]
 )
 def test_no_spills_and_every_tile_fits_a_multiprocessor(source, target):
-    ptx = toolchain.compile_ptx(SOURCES / source, "sm_80", launchers.OPTIONS)
+    ptx = toolchain.compile_ptx(SOURCES / source, "sm_80", OPTIONS)
     cubin = toolchain.assemble(ptx, target)
     pass_ = FORWARD if "linear" in source else INPUT_GRAD
     tiles = LINEAR if pass_ == FORWARD else GRAD
@@ -409,5 +410,5 @@ def test_offsets_beyond_two_to_the_31(library):
     q.absmax[-small.absmax.numel() :] = small.absmax
     x = torch.randn(16, k).to(BF16)
     with EmulatedRuntime("a100", library, checks=(), blocks=[n // 128 - 1]) as rt:
-        y = Launcher(rt, rt.lib).linear(q, x, LINEAR[0], y_dtype=F32).out
+        y = Launcher(rt).linear(q, x, LINEAR[0], y_dtype=F32).out
     check_sum(y[:, -128:], [(x, small.dense(BF16))], 2)
