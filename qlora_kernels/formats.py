@@ -272,23 +272,30 @@ def check_blocksize(blocksize: int) -> int:
     return int(blocksize)
 
 
-@functools.lru_cache(maxsize=1)
-def _dynamic_code() -> np.ndarray:
+@functools.lru_cache(maxsize=2)
+def _dynamic_code(signed: bool = True) -> np.ndarray:
     # For i = 0..6 the decade 10^(i-6) is split into 2^i equal steps whose middles are the values:
     # more precision near 1, more range near 0 (arXiv 1511.04561). fp32 middles, scaled in float64.
+    # Without a sign its bit is spent on twice the steps.
     values = [0.0, 1.0]
     for i in range(7):
+        steps = 2**i if signed else 2 ** (i + 1)
         with _disable_current_modes():  # real numbers, whatever tensors are around
-            edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32).numpy()
+            edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32).numpy()
         middles = (edges[:-1] + edges[1:]) / np.float32(2)
         scaled = (np.float32(10.0 ** (i - 6)) * middles).astype(np.float32)
-        values += [*scaled.tolist(), *(-scaled).tolist()]
+        values += [*scaled.tolist(), *(-scaled).tolist()] if signed else scaled.tolist()
     return np.sort(np.asarray(values, dtype=np.float32))
 
 
 def nested_code(device: torch.device | str = "cpu") -> torch.Tensor:
     """fp32[256], ascending: the signed dynamic 8-bit code of the nested scales."""
     return constant("nested_code", _dynamic_code(), device)
+
+
+def unsigned_code(device: torch.device | str = "cpu") -> torch.Tensor:
+    """fp32[256], ascending: the dynamic 8-bit code of values that are never negative."""
+    return constant("unsigned_code", _dynamic_code(signed=False), device)
 
 
 def nested_thresholds(device: torch.device | str = "cpu") -> torch.Tensor:

@@ -32,11 +32,10 @@ import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .formats import constant, nested_code
+from .formats import nested_code, unsigned_code
 
 BLOCK = 256
 """Values of an 8-bit state that share one absmax."""
@@ -45,21 +44,6 @@ MIN_8BIT_SIZE = 4096
 """Tensors with fewer values keep 32-bit states."""
 
 _CHUNK = 1 << 20  # values updated at a time: what is decoded beside the state stays small
-
-
-def _unsigned_map() -> np.ndarray:
-    # As the signed map (formats._dynamic_code), with the sign's bit spent on twice the steps.
-    values = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i + 1) + 1, dtype=torch.float32).numpy()
-        middles = (edges[:-1] + edges[1:]) / np.float32(2)
-        values += (np.float32(10.0 ** (i - 6)) * middles).tolist()
-    return np.sort(np.asarray(values, dtype=np.float32))
-
-
-def unsigned_code(device: torch.device | str = "cpu") -> Tensor:
-    """fp32[256], ascending: the dynamic map of values that are never negative."""
-    return constant("unsigned_code", _unsigned_map(), device)
 
 
 class PagedFile:
@@ -203,7 +187,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        values = p.data.view(-1) if p.is_contiguous() else p.data.reshape(-1)
+        values = p.data.reshape(-1)
         grads = p.grad.reshape(-1)  # type: ignore[union-attr]
         for begin in range(0, p.numel(), _CHUNK):
             part = slice(begin, begin + _CHUNK)
