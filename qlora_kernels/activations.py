@@ -337,15 +337,15 @@ def fuse(model: nn.Module) -> FusedLayers:
         if "forward" in module.__dict__:  # somebody's hook or patch: theirs
             continue
         children = dict(module.named_children())
+        weight = getattr(module, "weight", None)
+        forward: Callable[..., Tensor] | None = None
         if {"gate_proj", "up_proj", "down_proj"} <= children.keys():
             if _mlp_agrees(module):
-                module.forward = MethodType(_mlp_forward, module)  # type: ignore[method-assign]
-                done.mlps += 1
-                done._touched.append(module)
-        elif not children and hasattr(module, "variance_epsilon"):
-            weight = getattr(module, "weight", None)
-            if weight is not None and weight.dim() == 1 and _norm_agrees(module):
-                module.forward = MethodType(_norm_forward, module)  # type: ignore[method-assign]
-                done.norms += 1
-                done._touched.append(module)
+                forward, done.mlps = _mlp_forward, done.mlps + 1
+        elif not children and hasattr(module, "variance_epsilon") and isinstance(weight, Tensor):
+            if weight.dim() == 1 and _norm_agrees(module):
+                forward, done.norms = _norm_forward, done.norms + 1
+        if forward is not None:
+            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+            done._touched.append(module)
     return done

@@ -95,12 +95,12 @@ def _shape(
     m: int,
     n: int,
     k: int,
-    rank: int,
-    dtype: torch.dtype,
-    blocksize: int,
-    scales: str,
-    backward: bool,
-    s_given: bool,
+    rank: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    blocksize: int = 64,
+    scales: str = "nested",
+    backward: bool = False,
+    s_given: bool = False,
 ) -> Any:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -148,11 +148,7 @@ def choose(
 
 def candidates(device: str | Device | int, m: int, n: int, k: int, **options: Any) -> list[Plan]:
     """Every plan that is compiled and that the device can hold; options as :func:`choose`'s."""
-    given = {
-        "rank": 0, "dtype": torch.bfloat16, "blocksize": 64, "scales": "nested",
-        "backward": False, "s_given": False, **options,
-    }  # fmt: skip
-    found = _host().cuda_candidates(limits(device), _shape(m, n, k, **given))
+    found = _host().cuda_candidates(limits(device), _shape(m, n, k, **options))
     return [Plan(**plan) for plan in found]
 
 
@@ -326,6 +322,13 @@ def write_cache(name: str, content: dict[str, Any]) -> None:
         pass
 
 
+def identity_of(lib: ctypes.CDLL, index: int) -> str:
+    """:func:`identity` of a GPU that is here."""
+    runtime, driver = ctypes.c_int(), ctypes.c_int()
+    lib.qlk_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
+    return identity(torch.cuda.get_device_name(index), driver.value, ops.cuda_library_path())
+
+
 def identity(device_name: str, driver: int, library_path: Path) -> str:
     """What a check's result holds for: this GPU, this driver, this build."""
     stat = library_path.stat()
@@ -378,11 +381,9 @@ def _first_use(index: int) -> int:
     if lib is None or torch.cuda.is_current_stream_capturing():
         return 0
     try:
-        runtime, driver = ctypes.c_int(), ctypes.c_int()
-        lib.qlk_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
         device = torch.device("cuda", index)
         capability = torch.cuda.get_device_capability(index)
-        who = identity(torch.cuda.get_device_name(index), driver.value, ops.cuda_library_path())
+        who = identity_of(lib, index)
         dtypes = (torch.bfloat16, torch.float16) if capability >= (8, 0) else (torch.float16,)
         with torch.no_grad():
             settle(getattr(torch.ops, ops.NAMESPACE), lib, device, who, dtypes)

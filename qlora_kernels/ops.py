@@ -230,21 +230,22 @@ def _plain_dequantize_out(
     )
 
 
-def _plain_quantize(a, thresholds, codes, blocksize) -> tuple[Tensor, Tensor]:
+def _check_quantize(a: Tensor, blocksize: int) -> None:
     check_float("A", a)
     check_blocksize(blocksize)
     if a.numel() == 0:
         raise ValueError(f"A is empty (shape {list(a.shape)}): nothing to quantize")
+
+
+def _plain_quantize(a, thresholds, codes, blocksize) -> tuple[Tensor, Tensor]:
+    _check_quantize(a, blocksize)
     _notice(a)
     normalized, absmax = reference.normalize(a, blocksize)
     return reference.pack(codes[torch.bucketize(normalized, thresholds)]), absmax
 
 
 def _plain_quantize_scaled(a, thresholds, codes, blocksize, tensor_scale) -> tuple[Tensor, Tensor]:
-    check_float("A", a)
-    check_blocksize(blocksize)
-    if a.numel() == 0:
-        raise ValueError(f"A is empty (shape {list(a.shape)}): nothing to quantize")
+    _check_quantize(a, blocksize)
     normalized, scales = reference.normalize_scaled(a, blocksize, tensor_scale)
     return reference.pack(codes[torch.bucketize(normalized, thresholds)]), scales
 
@@ -380,10 +381,10 @@ def library_path() -> Path:
     return Path(chosen) if chosen else Path(__file__).with_name("_ops.abi3.so")
 
 
-def _load_library() -> str | None:
-    path = library_path()
+def _load(path: Path, build: str) -> str | None:
+    """Why a library of ops could not be loaded, or None; ``build``: the command that makes it."""
     if not path.exists():
-        return f"{path} does not exist; build it with `pip install .`"
+        return f"{path} does not exist; build it with `{build}`"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -391,7 +392,7 @@ def _load_library() -> str | None:
     return None
 
 
-LIBRARY_ERROR = _load_library()
+LIBRARY_ERROR = _load(library_path(), "pip install .")
 if LIBRARY_ERROR and os.environ.get("QLORA_KERNELS_OPS"):
     raise ImportError(f"QLORA_KERNELS_OPS: {LIBRARY_ERROR}")
 
@@ -409,17 +410,7 @@ def cuda_library_path() -> Path:
 def _load_cuda_library() -> str | None:
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
-    path = cuda_library_path()
-    if not path.exists():
-        return (
-            f"{path} does not exist; build it with `QLORA_KERNELS_CUDA=1 pip install "
-            "--no-build-isolation .`"
-        )
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        return f"{path}: {error}"
-    return None
+    return _load(cuda_library_path(), "QLORA_KERNELS_CUDA=1 pip install --no-build-isolation .")
 
 
 CUDA_LIBRARY_ERROR = _load_cuda_library()

@@ -133,9 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
             + ("no GPU is here" if not torch.cuda.is_available() else str(ops.CUDA_LIBRARY_ERROR))
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    runtime, driver = ctypes.c_int(), ctypes.c_int()
-    lib.qlk_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
-    who = cuda.identity(torch.cuda.get_device_name(device), driver.value, ops.cuda_library_path())
+    who = cuda.identity_of(lib, device.index or 0)
     entries = []
     for n, k in shapes:
         layer = Layer(torch.ops.qlora_kernels, device, n, k, arguments.rank)
