@@ -253,7 +253,8 @@ class Bench:
                 contenders.append(Contender("bnb", run, same_bytes))
             self.add(Line("quantize", shape, "of bf16", harness.race(contenders, args), 0,
                           2 * w.n * w.k + w.packed_bytes))  # fmt: skip
-        check = same_as(want, 0)
+        # The peer's nested offset is a mean whose last bits depend on its threads; ours does not.
+        check, peer_check = same_as(want, 0), same_as(want, 1e-4)
         traffic = 2 * w.n * w.k + w.packed_bytes
         if self.wanted("dequantize, out="):
             contenders = [
@@ -262,7 +263,7 @@ class Bench:
             ]
             if peer:  # cannot write into a given tensor on a CPU
                 run = lambda _: peer.dequantize_4bit(peer_packed, peer_state)  # noqa: E731
-                contenders.append(Contender("bnb", run, check))
+                contenders.append(Contender("bnb", run, peer_check))
             self.add(Line("dequantize, out=", shape, "to bf16", harness.race(contenders, args), 0,
                           traffic))  # fmt: skip
         if self.wanted("dequantize"):
@@ -272,7 +273,7 @@ class Bench:
             ]
             if peer:
                 run = lambda _: peer.dequantize_4bit(peer_packed, peer_state)  # noqa: E731
-                contenders.append(Contender("bnb", run, check))
+                contenders.append(Contender("bnb", run, peer_check))
             self.add(Line("dequantize", shape, "to bf16", harness.race(contenders, args), 0,
                           traffic))  # fmt: skip
 

@@ -13,8 +13,8 @@ processor multiplies it, else fp32.
 
 Each contender runs in a process of its own, whose largest resident set is its peak. Ours and one
 other run at a time and take turns step by step, so that the machine's other work falls on both.
-A contender is right when its first loss equals ours within 2%: same weights but for the rounding,
-same tokens.
+A contender is right when its first loss equals ours within 2%: same weights, same tokens. Of a
+dense one, whose weights were not rounded to 4 bits, within 10%: NF4 costs so small a model 7%.
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ def duel(args: argparse.Namespace, other: str) -> tuple[Race, dict[str, dict[str
                 race.samples[process.name].append(taken)
     ends = {process.name: process.end() for process in processes}
     ours, theirs = ends["ours"]["losses"][0], ends[other]["losses"][0]
-    if abs(theirs - ours) > 0.02 * ours:
+    if abs(theirs - ours) > (0.1 if other.startswith("dense") else 0.02) * ours:
         race.failed[other] = f"its first loss is {theirs:.4f}, ours {ours:.4f}"
     return race, ends
 

@@ -523,7 +523,13 @@ def write_json(args: argparse.Namespace, figures: dict[str, Any]) -> Path:
     """Writes the figures with what they depend on, and says where."""
     path = result_path(args)
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    # Names without their folders: where things lay on this machine says nothing on another.
+    paths = ("model", "out", "data")
+    settings = {
+        k: Path(v).name if k in paths or isinstance(v, Path) else v
+        for k, v in vars(args).items()
+        if v is not None
+    }
     everything = {
         "benchmark": Path(sys.argv[0]).stem,
         "machine": describe_machine(args.threads),

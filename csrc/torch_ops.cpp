@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "huge_pages.h"
 #include "linear_cpu.h"
 #include "torch_args.h"
 
@@ -146,6 +147,7 @@ Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const Tensor&
   const CpuWeight w(args.checked(count));
   const DType type = dtype_of(dtype, "dtype");
   Tensor out = new_tensor(shape, dtype);
+  prefer_huge_pages(out.mutable_data_ptr(), count * (type == DType::f32 ? 4 : 2));
   dequantize_into(w.get(), count, type, out.mutable_data_ptr(), true);
   return out;
 }
