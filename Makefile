@@ -4,7 +4,8 @@
 #   make test           lint, types, the sanitizer's share and the quick tests (what CI runs)
 #   make test-full      the full test matrix
 #   make test-sanitize  the CPU kernels' tests under ASan and UBSan
-#   make test-gpu       the CUDA kernels' tests on the GPU that is here (`make test` emulates one)
+#   make test-gpu       the CUDA kernels' tests on the GPU that is here (`make test` emulates one),
+#                       and the tests of ops and modules on it
 #   make bench-gpu      the CUDA kernels on it, measured
 #   make bench          the benchmarks, beside bitsandbytes, dense bf16 and the machine's limits
 #   make build          the native libraries, in place
@@ -113,8 +114,12 @@ need-gpu: build
 	    "the same kernels in the emulator"); \
 	  ops.CUDA_LIBRARY_ERROR and sys.exit("the CUDA kernels are not there: " + ops.CUDA_LIBRARY_ERROR)'
 
+# The CUDA kernels' own tests, and of what is tested on every device the GPU's share.
 test-gpu: setup need-gpu
 	@$(PY) -m pytest -q -n 0 tests/cuda $(PYTEST_ARGS)
+	@QLORA_KERNELS_TEST_DEVICES=cuda $(PY) -m pytest -q -n 0 -m "not full" -k cuda \
+	  tests/test_quantize.py tests/test_linear.py tests/test_nn.py tests/test_activations.py \
+	  tests/loss $(PYTEST_ARGS)
 
 bench-gpu: need-gpu
 	@$(VENV)/bin/qlora tune $(TUNE_ARGS)

@@ -480,6 +480,7 @@ def _(
     compute_dtype,
 ):
     _check_linear(x, out_features, bias, lora_a, lora_b, lora_s, compute_dtype)
+    _check_devices(x, packed=packed, absmax=absmax)  # a weight left on meta would give no values
     y = x.new_empty([*x.shape[:-1], out_features])
     rows = y.numel() // out_features
     size = [rows, lora_a.shape[0]] if lora_a is not None else [0]

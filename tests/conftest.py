@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from qlora_kernels import cpu, ops
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
@@ -33,6 +35,39 @@ def _seeded() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+# --- where the kernels run ------------------------------------------------------------------------
+#
+# What has no test of its own kernels under tests/cuda is tested on every device by the same code:
+# tests make their tensors on `device`, or on the one that `kernels` yields. The GPU joins where
+# there is one and its library loads. QLORA_KERNELS_TEST_DEVICES says which instead ("cuda" alone
+# is what `make test-gpu` runs); a device that is named and not there is a failure, not a skip.
+
+_DEVICES = os.environ.get("QLORA_KERNELS_TEST_DEVICES", "").split() or [
+    "cpu",
+    *(["cuda"] if torch.cuda.is_available() and ops.CUDA_LIBRARY_ERROR is None else []),
+]
+_CPU_KERNELS = [f"cpu-{isa}" for isa in cpu.available_isas()] or ["cpu-torch"]
+
+
+@pytest.fixture(params=_DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that there is."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(
+    params=[k for d in _DEVICES for k in (_CPU_KERNELS if d == "cpu" else [d])],
+)
+def kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Each set of kernels, the device they are for: the CPU's by instruction set, and the GPU's."""
+    kind, _, isa = request.param.partition("-")
+    if kind == "cpu" and isa != "torch":
+        with cpu.use_isa(isa):
+            yield torch.device(kind)
+    else:
+        yield torch.device(kind)
 
 
 @pytest.fixture(scope="session")

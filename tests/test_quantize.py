@@ -1,4 +1,7 @@
-"""quantize and dequantize: every instruction set, the reference and bitsandbytes, bit for bit."""
+"""quantize and dequantize: every device, the reference and bitsandbytes, bit for bit.
+
+Values are made on the CPU and moved, and results moved back: the reference runs there.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,11 @@ from qlora_kernels import cpu, formats, ops, reference
 from qlora_kernels import functional as F4
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = cpu.available_isas() or (None,)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if request.param is None:
-        yield "torch"
-        return
-    with cpu.use_isa(request.param):
-        yield request.param
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bit for bit; NaN equals NaN whatever its payload."""
+    """Bit for bit, wherever they are; NaN equals NaN whatever its payload."""
+    a, b = a.cpu(), b.cpu()
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.is_floating_point():
@@ -51,24 +45,25 @@ def hard_values(n: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fmt", ["nf4", "fp4", "fp4_e2m1", "int4"])
-def test_kernels_equal_the_reference(isa, fmt, dtype):
+def test_kernels_equal_the_reference(kernels, fmt, dtype):
     for blocksize in formats.BLOCKSIZES:
         for n in (1, 2, 15, 16, 17, 33, 64, 1000, 5 * 4096 + 33):
             w = hard_values(n).to(dtype)
-            packed, state = F4.quantize_4bit(w, blocksize=blocksize, quant_type=fmt)
+            packed, state = F4.quantize_4bit(w.to(kernels), blocksize=blocksize, quant_type=fmt)
             bytes_, absmax = reference.quantize(w, fmt, blocksize)
             assert same(packed.view(-1), bytes_), (blocksize, n)
             assert same(state.absmax, absmax), (blocksize, n)
+            code = state.code.cpu()
             for out in DTYPES:
                 got = F4.dequantize_4bit(packed, state, dtype=out)
-                want = reference.dequantize(bytes_, absmax, state.code, blocksize, w.shape, out)
-                assert same(got, want), (blocksize, n, out)
+                want = reference.dequantize(bytes_, absmax, code, blocksize, w.shape, out)
+                assert got.device.type == kernels.type and same(got, want), (blocksize, n, out)
 
 
-def test_double_quantization_equals_the_reference(isa):
+def test_double_quantization_equals_the_reference(kernels):
     for n in (1, 64, 64 * 255, 64 * 256, 64 * 257, 64 * 256 * 3 + 17):
         w = torch.randn(n) * torch.rand(1)
-        packed, state = F4.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
+        packed, state = F4.quantize_4bit(w.to(kernels), quant_type="nf4", compress_statistics=True)
         codes, nested, offset = reference.quantize_absmax(reference.quantize(w)[1])
         assert same(state.absmax, codes) and same(state.state2.absmax, nested)
         assert same(state.offset, offset)
@@ -76,19 +71,20 @@ def test_double_quantization_equals_the_reference(isa):
         assert same(state.scales(), scales)
         for dtype in DTYPES:
             got = F4.dequantize_4bit(packed, state, dtype=dtype)
-            want = reference.dequantize(packed.view(-1), scales, state.code, 64, w.shape, dtype)
+            bytes_, code = packed.view(-1).cpu(), state.code.cpu()
+            want = reference.dequantize(bytes_, scales, code, 64, w.shape, dtype)
             assert same(got, want), (n, dtype)
 
 
-def test_double_quantization_of_hard_scales(isa):
-    limits = formats.nested_thresholds()
+def test_double_quantization_of_hard_scales(kernels):
+    limits = formats.nested_thresholds(kernels)
     for scales in (
         torch.zeros(300),  # a group of zeros has no reciprocal
         torch.full((256,), 1e-40),
         torch.cat([torch.rand(256), torch.tensor([math.nan, 1.0])]),
         torch.cat([torch.rand(256), torch.tensor([math.inf, 1.0])]),
     ):
-        got = torch.ops.qlora_kernels.quantize_absmax(scales, limits, None)
+        got = torch.ops.qlora_kernels.quantize_absmax(scales.to(kernels), limits, None)
         want = reference.quantize_absmax(scales)
         for a, b in zip(got, want, strict=True):
             assert same(a, b)
@@ -102,37 +98,38 @@ def test_mean_in_order_is_the_mean():
         assert abs(reference.mean_in_order(values).item() - exact) <= bound
 
 
-def test_every_code_times_every_kind_of_scale(isa):
+def test_every_code_times_every_kind_of_scale(kernels):
     # All 256 bytes, scales from denormal to infinite, all results.
     packed = torch.arange(256, dtype=torch.uint8).repeat(9)
     scales = torch.tensor([0.0, 1e-45, 1e-39, 1e-30, 0.1, 1.0, 3e38, math.inf, math.nan])
     absmax = scales.repeat_interleave(2)  # 512 values a scale, blocks of 256
     for name in ("nf4", "fp4"):
         code = formats.get_format(name).tensors()[0]
-        state = F4.QuantState(absmax, torch.Size([4608]), code, 256, name, torch.float32)
+        there = absmax.to(kernels), torch.Size([4608]), code.to(kernels)
+        state = F4.QuantState(*there, 256, name, torch.float32)
         for dtype in DTYPES:
-            got = F4.dequantize_4bit(packed, state, dtype=dtype)
+            got = F4.dequantize_4bit(packed.to(kernels), state, dtype=dtype)
             want = reference.dequantize(packed, absmax, code, 256, (4608,), dtype)
             assert same(got, want)
 
 
-def test_out_and_views(isa):
-    w = torch.randn(96, 80)
+def test_out_and_views(kernels):
+    w = torch.randn(96, 80, device=kernels)
     packed, state = F4.quantize_4bit(w.t(), quant_type="nf4")  # read row-major as it is seen
     again, _ = F4.quantize_4bit(w.t().contiguous(), quant_type="nf4")
     assert same(packed, again)
     for dtype in DTYPES:
-        out = torch.empty(80, 96, dtype=dtype)
+        out = torch.empty(80, 96, dtype=dtype, device=kernels)
         assert F4.dequantize_4bit(packed, state, out=out) is out
         assert same(out, F4.dequantize_4bit(packed, state, dtype=dtype))
-    big, big_state = F4.quantize_4bit(torch.randn(3000, 3001), quant_type="nf4")
-    out = torch.empty(3000, 3001)  # larger than the threshold of streaming stores
+    big, big_state = F4.quantize_4bit(torch.randn(3000, 3001, device=kernels), quant_type="nf4")
+    out = torch.empty(3000, 3001, device=kernels)  # larger than the threshold of streaming stores
     assert same(F4.dequantize_4bit(big, big_state, out=out), F4.dequantize_4bit(big, big_state))
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
-def test_storage_dtypes_hold_the_same_bytes(storage):
-    w = torch.randn(64, 64)
+def test_storage_dtypes_hold_the_same_bytes(device, storage):
+    w = torch.randn(64, 64, device=device)
     packed, state = F4.quantize_4bit(w, quant_type="nf4", quant_storage=storage)
     plain, _ = F4.quantize_4bit(w, quant_type="nf4")
     assert packed.dtype == storage and same(packed.view(torch.uint8).view(-1, 1), plain)
@@ -152,6 +149,8 @@ def test_threads_do_not_change_a_bit():
 # --- the peer -----------------------------------------------------------------------------------
 
 
+# On the CPU, where the peer is bit for bit the same; that ours are the same on every device is
+# what the tests above say.
 def compare_with_peer(w: torch.Tensor, quant_type: str, blocksize: int, nested: bool) -> None:
     from bitsandbytes import functional as peer
 
@@ -239,11 +238,11 @@ def test_peer_at_ten_times_the_volume():
 # --- bad input ----------------------------------------------------------------------------------
 
 
-def test_bad_input():
-    w = torch.randn(64, 64)
+def test_bad_input(device):
+    w = torch.randn(64, 64, device=device)
     packed, state = F4.quantize_4bit(w, quant_type="nf4")
     with pytest.raises(ValueError, match="empty"):
-        F4.quantize_4bit(torch.empty(0), quant_type="nf4")
+        F4.quantize_4bit(torch.empty(0, device=device), quant_type="nf4")
     with pytest.raises(TypeError, match="float64"):
         F4.quantize_4bit(w.double(), quant_type="nf4")
     with pytest.raises(TypeError, match="int32"):
@@ -253,23 +252,24 @@ def test_bad_input():
     with pytest.raises(formats.FormatError, match="nf3"):
         F4.quantize_4bit(w, quant_type="nf3")
     with pytest.raises(ValueError, match="multiple of 4"):
-        F4.quantize_4bit(torch.randn(34), quant_type="nf4", quant_storage=torch.float32)
+        F4.quantize_4bit(w[0, :34], quant_type="nf4", quant_storage=torch.float32)
     for wrong in (packed[:-1], torch.cat([packed, packed[:1]])):
         with pytest.raises(ValueError, match="bytes"):
             F4.dequantize_4bit(wrong, state)
     with pytest.raises(TypeError, match="float64"):
         F4.dequantize_4bit(packed, state, dtype=torch.float64)
     with pytest.raises(ValueError, match="contiguous with shape"):
-        F4.dequantize_4bit(packed, state, out=torch.empty(64, 65))
+        F4.dequantize_4bit(packed, state, out=torch.empty(64, 65, device=device))
     with pytest.raises(ValueError, match="not contiguous"):
-        F4.dequantize_4bit(packed, state, out=torch.empty(64, 128)[:, ::2])
+        F4.dequantize_4bit(packed, state, out=torch.empty(64, 128, device=device)[:, ::2])
     short = F4.QuantState(state.absmax[:-1], state.shape, state.code, 64, "nf4", torch.float32)
     with pytest.raises(ValueError, match="63 scales"):
         F4.dequantize_4bit(packed, short)
 
 
-def test_bad_quant_states():
-    _, state = F4.quantize_4bit(torch.randn(64, 64), quant_type="nf4", compress_statistics=True)
+def test_bad_quant_states(device):
+    w = torch.randn(64, 64, device=device)
+    _, state = F4.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
     good = state.as_dict(packed=True)
     key = "quant_state.bitsandbytes__nf4"
     assert F4.QuantState.from_dict(good).shape == torch.Size([64, 64])
@@ -287,8 +287,8 @@ def test_bad_quant_states():
         ({"absmax": None}, "lacks absmax"),
         ({"nested_offset": None}, "nested_offset is missing"),
         ({"nested_blocksize": 128}, "nested_blocksize"),
-        ({"nested_absmax": torch.zeros(3)}, "nested_absmax must be"),
-        ({"quant_map": torch.zeros(15)}, "codebook must be"),
+        ({"nested_absmax": torch.zeros(3, device=device)}, "nested_absmax must be"),
+        ({"quant_map": torch.zeros(15, device=device)}, "codebook must be"),
         ({"quant_type": "nope", "quant_map": None}, "nope"),
     ):
         with pytest.raises(ValueError, match=message):

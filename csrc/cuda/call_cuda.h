@@ -24,7 +24,7 @@ namespace qlk::cuda {
 
 class Call {
  public:
-  explicit Call(const torch::stable::Tensor& on) : device_(on.get_device()), guard_(device_) {
+  explicit Call(const torch::stable::Tensor& on) : device_(device_of(on)), guard_(device_) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
@@ -32,11 +32,27 @@ class Call {
   int device() const { return device_; }
   cudaStream_t stream() const { return stream_; }
 
-  // Pointers as kernels take them.
-  const void* in(const torch::stable::Tensor& t) { return t.const_data_ptr(); }
-  void* out(torch::stable::Tensor& t) { return t.mutable_data_ptr(); }
+  // Pointers as kernels take them: of this device, whose kernels would fail on another's only later
+  // and elsewhere.
+  const void* in(const torch::stable::Tensor& t) {
+    check(t);
+    return t.const_data_ptr();
+  }
+  void* out(torch::stable::Tensor& t) {
+    check(t);
+    return t.mutable_data_ptr();
+  }
 
  private:
+  static int device_of(const torch::stable::Tensor& t) {
+    STD_TORCH_CHECK(t.is_cuda(), "a tensor is not on the GPU that the others are on");
+    return t.get_device();
+  }
+  void check(const torch::stable::Tensor& t) const {
+    STD_TORCH_CHECK(device_of(t) == device_, "a tensor is on GPU ", t.get_device(),
+                    ", the others are on GPU ", device_);
+  }
+
   int device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;

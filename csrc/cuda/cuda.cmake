@@ -2,8 +2,8 @@
 # and NVIDIA's wheels on PyPI are not laid out as one.
 #
 #   QLK_NVCC                nvcc, with its headers and libraries beside it
-#   QLK_CUDA_ARCHITECTURES  a list of 75, 80, 86, 89, 90, 100, 120. PTX of the lowest comes along, for
-#                           what is newer; 75 (Turing) gets the simple kernels only
+#   QLK_CUDA_ARCHITECTURES  a list of 75, 80, 86, 89, 90, 100, 120. PTX of 80 comes along, for what is
+#                           newer; 75 (Turing) gets the simple kernels only, and their PTX of 75
 set(QLK_NVCC "" CACHE FILEPATH "The CUDA compiler")
 set(QLK_CUDA_ARCHITECTURES 75 80 86 89 90 100 120 CACHE STRING "Compute capabilities to build for")
 if(NOT EXISTS "${QLK_NVCC}")
@@ -37,7 +37,9 @@ function(qlk_gencode kernel out)
     # PTX is compute_80's whatever is built: what the emulator runs is what ships.
     list(APPEND flags -gencode "arch=compute_${arch},code=sm_${arch}")
   endforeach()
-  if(others)
+  # Tensor-core kernels are in a build for Turing alone too, which never launches them: as PTX, so
+  # that their launchers link and nvcc does not take an architecture of its own choice.
+  if(others OR NOT kernel IN_LIST QLK_CUDA_TURING)
     list(APPEND flags -gencode "arch=compute_80,code=compute_80")
   endif()
   set(${out} ${flags} PARENT_SCOPE)
