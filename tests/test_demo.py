@@ -123,7 +123,7 @@ def test_it_finetunes_asks_and_shows_one_screen(tiny, tmp_path, capfd):
     screen = said[said.index("the same questions, before and after") :]
     screen = re.sub(r" *│\n│ *", "", screen)  # lines that the frame has broken
     for part in (
-        "held-out question", "before", "after", "tokens a second", "peak resident memory",
+        "held-out question", "before", "after", "tokens a second", "peak memory",
         f"{figures['bits_per_weight']:.3f} bits a weight",
         f"{figures['eval_loss_before']:.3f} -> {figures['eval_loss_after']:.3f}",
         "qlora chat --adapter", "qlora finetune --model_name_or_path", "curves.png",

@@ -249,6 +249,49 @@ def test_cuda_without_its_compiler(bare: Path) -> None:
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+@pytest.mark.parametrize(
+    "gpu, nvcc, wish, fetched",
+    [
+        (False, False, None, False),
+        (True, False, None, True),
+        (True, True, None, False),
+        (True, False, "0", False),
+        (False, False, "1", True),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="CUDA is Linux only")
+def test_setup_fetches_a_cuda_compiler_where_a_gpu_lacks_one(
+    tmp_path: Path, gpu: bool, nvcc: bool, wish: str | None, fetched: bool
+) -> None:
+    """scripts/setup_venv.sh with a Python that only writes down what it is asked."""
+    log, venv, tools = tmp_path / "log", tmp_path / "venv", tmp_path / "tools"
+    (venv / "bin").mkdir(parents=True)
+    tools.mkdir()
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )["torch"]
+    programs = {
+        venv / "bin" / "python": f'[ "$1" = -c ] && echo {pinned} || echo "$@" >> {log}',
+        tools / "nvidia-smi": f"exit {int(not gpu)}",
+    }
+    if nvcc:
+        programs[tools / "nvcc"] = "exit 0"
+    for path, body in programs.items():
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+    env = {"PATH": f"{tools}:/usr/bin:/bin", "CUDA_HOME": str(tmp_path / "none")}
+    if wish is not None:
+        env["QLORA_KERNELS_CUDA"] = wish
+    command = ["bash", str(ROOT / "scripts" / "setup_venv.sh"), str(venv), "demo"]
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    asked = log.read_text()
+    assert "-r requirements/demo.txt" in asked
+    assert ("--no-deps nvidia-cuda-nvcc==" in asked) == fetched
+    assert "triton" not in asked
+
+
 def test_without_a_gpu_no_compiler_is_looked_for() -> None:
     """What `make demo` relies on: neither a GPU nor a CUDA torch, so nothing is fetched."""
     code = """

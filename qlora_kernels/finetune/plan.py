@@ -106,6 +106,15 @@ def peak_resident_memory() -> int:
         return int(psutil.Process().memory_info().peak_wset)
 
 
+def peak_memory(device: torch.device | str) -> int:
+    """The most bytes that a run on this device ever held: of the GPU by torch's allocator, else
+    :func:`peak_resident_memory`."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_memory()
+
+
 def available_memory(device: torch.device | str = "cpu") -> tuple[int | None, str]:
     """Bytes that this process may have in all, with what it has already, and who says so.
 

@@ -74,7 +74,7 @@ from .plan import (
     MemoryPlan,
     StepShape,
     available_memory,
-    peak_resident_memory,
+    peak_memory,
     plan_memory,
     resident_memory,
 )
@@ -1064,9 +1064,7 @@ class _Run:
             figures["eval_loss_after"] = loss
             if not evaluations or evaluations[-1]["step"] != trainer.state.global_step:
                 evaluations.append({"step": trainer.state.global_step, "loss": loss})
-        measured = peak_resident_memory()
-        if self.args.device.type == "cuda":
-            measured = torch.cuda.max_memory_allocated()
+        measured = peak_memory(self.args.device)
         quantized = [m for m in trainer.model.modules() if isinstance(m, Linear4bit)]
         weights = sum(m.in_features * m.out_features for m in quantized)
         figures = {

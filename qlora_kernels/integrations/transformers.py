@@ -58,7 +58,9 @@ VERSION = 1
 def default_dtype() -> torch.dtype:
     """What ``dtype="auto"`` means: bf16 where the hardware multiplies in it, else fp32."""
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # By capability: torch calls bf16 supported on Turing too, where it is emulated.
+        ampere = torch.cuda.get_device_capability() >= (8, 0)
+        return torch.bfloat16 if ampere else torch.float16
     cpu = torch.cpu
     if cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported():
         return torch.bfloat16

@@ -19,6 +19,7 @@ from qlora_kernels.finetune.plan import (
     MemoryPlan,
     StepShape,
     available_memory,
+    peak_memory,
     peak_resident_memory,
     plan_memory,
     resident_memory,
@@ -203,6 +204,12 @@ def test_memory_of_this_process():
     room, who = available_memory()
     assert room > resident_memory() > 10**6 and who
     assert peak_resident_memory() >= resident_memory() * 0.99
+
+
+def test_the_peak_is_of_the_device_that_trains(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123)
+    assert peak_memory("cuda") == 123
+    assert peak_memory(torch.device("cpu")) == peak_resident_memory()
 
 
 def group(folder, limit, usage, inactive, names=("memory.max", "memory.current", "inactive_file")):

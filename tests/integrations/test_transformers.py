@@ -129,6 +129,16 @@ def test_auto_is_bf16_only_where_the_hardware_has_it(folder: Path) -> None:
         assert default_dtype() == (torch.bfloat16 if has else torch.float32)
 
 
+@pytest.mark.parametrize("capability, want", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_auto_on_a_gpu_goes_by_its_capability(monkeypatch, capability, want) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda *_: True
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert default_dtype() == want
+
+
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
 def test_device_maps(folder: Path, device_map, ids) -> None:  # type: ignore[no-untyped-def]
     if device_map == "auto" and torch.cuda.is_available():
