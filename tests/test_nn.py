@@ -61,25 +61,27 @@ def dense64(layer: Linear4bit, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("nested", [False, True])
-def test_it_multiplies_by_the_dequantized_weight(shape: tuple[int, int], nested: bool) -> None:
+def test_it_multiplies_by_the_dequantized_weight(
+    device: torch.device, shape: tuple[int, int], nested: bool
+) -> None:
     n, k = shape
-    layer = Linear4bit.from_linear(nn.Linear(k, n), compress_statistics=nested)
-    x = torch.randn(3, 2, k)
+    layer = Linear4bit.from_linear(nn.Linear(k, n, device=device), compress_statistics=nested)
+    x = torch.randn(3, 2, k, device=device)
     want = F.linear(x.double(), dense64(layer, x.dtype), layer.bias.double())
     torch.testing.assert_close(layer(x).double(), want, **tolerance(x.dtype))
     torch.testing.assert_close(layer.dequantize()(x), layer(x), **tolerance(x.dtype))
 
 
-def test_the_identity_gives_the_weight_exactly() -> None:
-    layer = Linear4bit.from_linear(nn.Linear(96, 40, bias=False))
-    assert torch.equal(layer(torch.eye(96)).T, layer.dequantize_weight())
+def test_the_identity_gives_the_weight_exactly(device: torch.device) -> None:
+    layer = Linear4bit.from_linear(nn.Linear(96, 40, bias=False, device=device))
+    assert torch.equal(layer(torch.eye(96, device=device)).T, layer.dequantize_weight())
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (4,), (2, 3), (2, 1, 3)])
-def test_any_leading_dimensions(lead: tuple[int, ...]) -> None:
-    layer = LoraLinear4bit(10, 6, r=2)
+def test_any_leading_dimensions(device: torch.device, lead: tuple[int, ...]) -> None:
+    layer = LoraLinear4bit(10, 6, r=2, device=device)
     nn.init.normal_(layer.lora_B)
-    x = torch.randn(*lead, 10)
+    x = torch.randn(*lead, 10, device=device)
     y = layer(x)
     assert y.shape == (*lead, 6)
     torch.testing.assert_close(y.reshape(-1, 6), layer(x.reshape(-1, 10)))
@@ -90,16 +92,17 @@ def test_any_leading_dimensions(lead: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("bias_dtype", DTYPES)
 @pytest.mark.parametrize("compute", [None, torch.bfloat16])
 def test_every_dtype_of_x_lora_and_bias(
+    device: torch.device,
     x_dtype: torch.dtype,
     lora_dtype: torch.dtype,
     bias_dtype: torch.dtype,
     compute: torch.dtype | None,
 ) -> None:
     layer = LoraLinear4bit(
-        64, 24, r=3, lora_dtype=lora_dtype, dtype=bias_dtype, compute_dtype=compute
+        64, 24, r=3, lora_dtype=lora_dtype, dtype=bias_dtype, compute_dtype=compute, device=device
     )
     nn.init.normal_(layer.lora_B, std=0.1)
-    x = torch.randn(5, 64, dtype=x_dtype, requires_grad=True)
+    x = torch.randn(5, 64, dtype=x_dtype, requires_grad=True, device=device)
     y = layer(x)
     assert y.dtype == x_dtype
     c = compute or x_dtype
@@ -119,10 +122,10 @@ def test_every_dtype_of_x_lora_and_bias(
     assert layer.weight.grad is None
 
 
-def test_autocast_acts_as_for_a_dense_layer() -> None:
-    layer = LoraLinear4bit(64, 24, r=3)
-    x = torch.randn(5, 64, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast_acts_as_for_a_dense_layer(device: torch.device) -> None:
+    layer = LoraLinear4bit(64, 24, r=3, device=device)
+    x = torch.randn(5, 64, requires_grad=True, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         y, dense = layer(x), layer.dequantize()(x)
     assert y.dtype == dense.dtype == torch.bfloat16
     y.sum().backward()
@@ -147,10 +150,12 @@ def _lora_reference(
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "ckpt", "ckpt-reentrant"])
-def test_dropout_is_exact_in_both_passes(p: float, reentrant: bool | None) -> None:
-    layer = LoraLinear4bit(40, 16, bias=False, r=4, lora_dropout=p)
+def test_dropout_is_exact_in_both_passes(
+    device: torch.device, p: float, reentrant: bool | None
+) -> None:
+    layer = LoraLinear4bit(40, 16, bias=False, r=4, lora_dropout=p, device=device)
     nn.init.normal_(layer.lora_B)
-    x = torch.randn(2, 6, 40, requires_grad=True)
+    x = torch.randn(2, 6, 40, requires_grad=True, device=device)
     torch.manual_seed(7)
     if reentrant is None:
         y = layer(x)
@@ -168,8 +173,10 @@ def test_dropout_is_exact_in_both_passes(p: float, reentrant: bool | None) -> No
 @pytest.mark.filterwarnings("ignore:Input #.* requires gradient and is not a double")
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_gradcheck_by_finite_differences(p: float, checkpointed: bool) -> None:
-    layer = LoraLinear4bit(12, 5, r=2, lora_dropout=p)
+def test_gradcheck_by_finite_differences(
+    device: torch.device, p: float, checkpointed: bool
+) -> None:
+    layer = LoraLinear4bit(12, 5, r=2, lora_dropout=p, device=device)
 
     def forward(x, a, b, bias):  # type: ignore[no-untyped-def]
         given = {"lora_A": a, "lora_B": b, "bias": bias}
@@ -181,15 +188,17 @@ def test_gradcheck_by_finite_differences(p: float, checkpointed: bool) -> None:
             checkpoint(forward, *inputs, use_reentrant=False) if checkpointed else forward(*inputs)
         )
 
-    inputs = [torch.randn(*s, requires_grad=True) for s in ((3, 12), (2, 12), (5, 2), (5,))]
+    inputs = [
+        torch.randn(*s, requires_grad=True, device=device) for s in ((3, 12), (2, 12), (5, 2), (5,))
+    ]
     # Linear in each input, so a large step costs nothing; fp32 rounding is what is tolerated.
     assert torch.autograd.gradcheck(seeded, inputs, eps=0.1, atol=1e-3, rtol=1e-3)
 
 
-def test_eval_and_a_disabled_adapter_draw_no_dropout() -> None:
-    layer = LoraLinear4bit(32, 8, r=2, lora_dropout=0.9)
+def test_eval_and_a_disabled_adapter_draw_no_dropout(device: torch.device) -> None:
+    layer = LoraLinear4bit(32, 8, r=2, lora_dropout=0.9, device=device)
     nn.init.normal_(layer.lora_B)
-    x = torch.randn(4, 32)
+    x = torch.randn(4, 32, device=device)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     y = layer(x)
@@ -201,33 +210,33 @@ def test_eval_and_a_disabled_adapter_draw_no_dropout() -> None:
     assert torch.equal(layer(x), y)
 
 
-def test_lora_starts_as_peft_does() -> None:
-    layer = LoraLinear4bit(256, 8, r=4, lora_alpha=8)
+def test_lora_starts_as_peft_does(device: torch.device) -> None:
+    layer = LoraLinear4bit(256, 8, r=4, lora_alpha=8, device=device)
     assert not layer.lora_B.any()
     assert layer.lora_A.abs().max() <= 1 / 256**0.5
     assert layer.lora_A.std() > 0.5 / 256**0.5
     assert layer.lora_A.dtype == torch.float32
     assert layer.scaling == 2.0
-    assert LoraLinear4bit(8, 8, r=4, lora_alpha=8, use_rslora=True).scaling == 4.0
+    assert LoraLinear4bit(8, 8, r=4, lora_alpha=8, use_rslora=True, device=device).scaling == 4.0
 
 
 # --- compile and export -------------------------------------------------------------------------
 
 
-def _stack() -> nn.Module:
+def _stack(device: torch.device) -> nn.Module:
     return nn.Sequential(
-        Linear4bit(24, 40),
+        Linear4bit(24, 40, device=device),
         nn.GELU(),
-        LoraLinear4bit(40, 24, r=2, compress_statistics=False, bias=False),
-        LoraLinear4bit(24, 8, r=2, lora_dropout=0.1),
+        LoraLinear4bit(40, 24, r=2, compress_statistics=False, bias=False, device=device),
+        LoraLinear4bit(24, 8, r=2, lora_dropout=0.1, device=device),
     )
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_compiles_without_a_graph_break(training: bool) -> None:
-    model = _stack().train(training)
+def test_compiles_without_a_graph_break(device: torch.device, training: bool) -> None:
+    model = _stack(device=device).train(training)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 3, 24, requires_grad=True)
+    x = torch.randn(2, 3, 24, requires_grad=True, device=device)
     torch.manual_seed(1)
     want = model(x)
     (grad,) = torch.autograd.grad(want.sum(), x)
@@ -242,12 +251,12 @@ def test_compiles_without_a_graph_break(training: bool) -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_exports(strict: bool) -> None:
-    model = _stack().eval()
-    x = torch.randn(2, 24)
+def test_exports(device: torch.device, strict: bool) -> None:
+    model = _stack(device=device).eval()
+    x = torch.randn(2, 24, device=device)
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=strict)
-    more = torch.randn(5, 24)
+    more = torch.randn(5, 24, device=device)
     torch.testing.assert_close(program.module()(more), model(more))
     assert "0.absmax" in program.state_dict
 
@@ -262,13 +271,15 @@ def test_exports(strict: bool) -> None:
         lambda m: m.half(),
         lambda m: m.type(torch.float16),
         lambda m: m.to(torch.float16).float(),
-        lambda m: m.to("cpu", torch.bfloat16),
+        lambda m: m.to(m.weight.device, torch.bfloat16),
     ],
     ids=["bf16", "half", "type", "half-float", "device-dtype"],
 )
 @pytest.mark.parametrize("nested", [False, True])
-def test_casting_a_model_casts_neither_bytes_nor_scales(cast, nested: bool) -> None:  # type: ignore[no-untyped-def]
-    layer = LoraLinear4bit(64, 32, compress_statistics=nested)
+def test_casting_a_model_casts_neither_bytes_nor_scales(
+    device: torch.device, cast, nested: bool
+) -> None:  # type: ignore[no-untyped-def]
+    layer = LoraLinear4bit(64, 32, compress_statistics=nested, device=device)
     before = {k: v.clone() for k, v in layer.state_dict().items() if k.startswith("weight")}
     cast(layer)
     after = layer.state_dict()
@@ -278,32 +289,32 @@ def test_casting_a_model_casts_neither_bytes_nor_scales(cast, nested: bool) -> N
     assert layer.bias.dtype == layer.lora_A.dtype != torch.float64
 
 
-def test_it_moves_between_devices_and_meta_keeps_the_layout() -> None:
-    layer = Linear4bit(48, 20, blocksize=32, quant_type="fp4")
+def test_it_moves_between_devices_and_meta_keeps_the_layout(device: torch.device) -> None:
+    layer = Linear4bit(48, 20, blocksize=32, quant_type="fp4", device=device)
     meta = copy.deepcopy(layer).to("meta")
     for t in (meta.weight, meta.absmax, meta.nested_offset, meta.bias):
         assert t is not None
         assert t.is_meta
     assert (meta.weight.shape, meta.blocksize, meta.quant_type) == (layer.weight.shape, 32, "fp4")
-    empty = meta.to_empty(device="cpu")
+    empty = meta.to_empty(device=device)
     empty.load_state_dict(layer.state_dict())
     assert same_state(empty, layer)
 
 
-def test_deepcopy_shares_nothing() -> None:
-    layer = LoraLinear4bit(48, 20)
+def test_deepcopy_shares_nothing(device: torch.device) -> None:
+    layer = LoraLinear4bit(48, 20, device=device)
     other = copy.deepcopy(layer)
     assert same_state(layer, other)
     ours = {t.data_ptr() for t in (*layer.parameters(), *layer.buffers())}
     theirs = {t.data_ptr() for t in (*other.parameters(), *other.buffers())}
     assert not ours & theirs
-    other.set_weight(torch.ones(20, 48))
+    other.set_weight(torch.ones(20, 48, device=device))
     assert not same_state(layer, other)
 
 
 @pytest.mark.parametrize("cls", [Linear4bit, LoraLinear4bit])
-def test_pickle_and_torch_save(cls: type[Linear4bit]) -> None:
-    layer = cls(48, 20, quant_type="int4", blocksize=16)
+def test_pickle_and_torch_save(device: torch.device, cls: type[Linear4bit]) -> None:
+    layer = cls(48, 20, quant_type="int4", blocksize=16, device=device)
     again = pickle.loads(pickle.dumps(layer))
     assert same_state(layer, again)
     assert again.format is layer.format
@@ -311,7 +322,7 @@ def test_pickle_and_torch_save(cls: type[Linear4bit]) -> None:
     torch.save(layer, file)
     file.seek(0)
     again = torch.load(file, weights_only=False)
-    x = torch.randn(2, 48)
+    x = torch.randn(2, 48, device=device)
     assert torch.equal(again(x), layer(x))
 
 
@@ -339,8 +350,8 @@ def test_a_data_loaders_worker_gets_it() -> None:
         torch.testing.assert_close(got, layer(torch.tensor([[0.0] * 48, [1.0] * 48])))
 
 
-def _shared() -> nn.ModuleList:
-    base = Linear4bit(64, 32)
+def _shared(device: torch.device | str = "cpu") -> nn.ModuleList:
+    base = Linear4bit(64, 32, device=device)
     return nn.ModuleList([base, LoraLinear4bit.from_quantized(base, r=2)])
 
 
@@ -349,13 +360,13 @@ def _is_shared(a: Linear4bit, b: Linear4bit) -> bool:
     return all(s is t and (s is None or s.data_ptr() == t.data_ptr()) for s, t in pairs)
 
 
-def test_a_shared_weight_is_one_weight() -> None:
-    base, lora = _shared()
+def test_a_shared_weight_is_one_weight(device: torch.device) -> None:
+    base, lora = _shared(device=device)
     assert _is_shared(base, lora)
     assert lora.bias is base.bias
-    x = torch.randn(3, 64)
+    x = torch.randn(3, 64, device=device)
     assert torch.equal(base(x), lora(x))
-    base.set_weight(torch.randn(32, 64))
+    base.set_weight(torch.randn(32, 64, device=device))
     assert _is_shared(base, lora)
     assert torch.equal(base(x), lora(x))
 
@@ -373,19 +384,21 @@ def test_a_shared_weight_is_one_weight() -> None:
     ],
     ids=["deepcopy", "pickle", "bf16", "half", "share_memory", "one-of-two", "load"],
 )
-def test_a_shared_weight_stays_shared(change) -> None:  # type: ignore[no-untyped-def]
-    model = _shared()
+def test_a_shared_weight_stays_shared(device: torch.device, change) -> None:  # type: ignore[no-untyped-def]
+    model = _shared(device=device)
     new = change(model)
     assert _is_shared(new[0], new[1])
 
 
-def test_loading_another_format_into_one_of_two_reaches_both() -> None:
-    base, lora = _shared()
-    other = Linear4bit(64, 32, quant_type="fp4", blocksize=128, compress_statistics=False)
+def test_loading_another_format_into_one_of_two_reaches_both(device: torch.device) -> None:
+    base, lora = _shared(device=device)
+    other = Linear4bit(
+        64, 32, quant_type="fp4", blocksize=128, compress_statistics=False, device=device
+    )
     base.load_state_dict(other.state_dict())
     assert _is_shared(base, lora)
     assert (lora.quant_type, lora.blocksize, lora.compress_statistics) == ("fp4", 128, False)
-    x = torch.randn(3, 64)
+    x = torch.randn(3, 64, device=device)
     assert torch.equal(base(x), other(x))
     lora.disable_adapter()
     assert torch.equal(lora(x), other(x))
@@ -394,8 +407,8 @@ def test_loading_another_format_into_one_of_two_reaches_both() -> None:
 # --- state dicts --------------------------------------------------------------------------------
 
 
-def test_keys_are_those_of_bitsandbytes() -> None:
-    state = Linear4bit(256, 128, compress_statistics=True).state_dict()
+def test_keys_are_those_of_bitsandbytes(device: torch.device) -> None:
+    state = Linear4bit(256, 128, compress_statistics=True, device=device).state_dict()
     assert [(k, v.dtype, tuple(v.shape)) for k, v in state.items()] == [
         ("weight", torch.uint8, (16384, 1)),
         ("bias", torch.float32, (128,)),
@@ -425,7 +438,9 @@ TIES = formats.Format("ties", list(range(-8, 8)), ties=[True] * 15)
 @pytest.mark.parametrize("blocksize", [16, 64, 4096])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("assign", [False, True])
-def test_round_trip_of_every_format(fmt, blocksize: int, nested: bool, assign: bool) -> None:  # type: ignore[no-untyped-def]
+def test_round_trip_of_every_format(
+    device: torch.device, fmt, blocksize: int, nested: bool, assign: bool
+) -> None:  # type: ignore[no-untyped-def]
     layer = LoraLinear4bit(
         65,
         33,
@@ -434,12 +449,13 @@ def test_round_trip_of_every_format(fmt, blocksize: int, nested: bool, assign: b
         blocksize=blocksize,
         compress_statistics=nested,
         dtype=torch.bfloat16,
+        device=device,
     )
     state = layer.state_dict()
     peer = fmt in ("nf4", "fp4") and blocksize >= 32
     kind = "bitsandbytes" if peer else "qlora_kernels"
     assert f"weight.quant_state.{kind}__{layer.quant_type}" in state
-    with torch.device("meta" if assign else "cpu"):
+    with torch.device("meta" if assign else device):
         other = LoraLinear4bit(
             65, 33, bias=False
         )  # NF4 in blocks of 64: the checkpoint's word counts
@@ -447,39 +463,50 @@ def test_round_trip_of_every_format(fmt, blocksize: int, nested: bool, assign: b
     assert same_state(layer, other)
     assert other.dequantize_weight().dtype == torch.bfloat16
     assert torch.equal(other.dequantize_weight(), layer.dequantize_weight())
-    w = torch.randn(33, 65, dtype=torch.bfloat16)
+    w = torch.randn(33, 65, dtype=torch.bfloat16, device=device)
     layer.set_weight(w)
     other.set_weight(w)  # thresholds and ties came along too
     assert torch.equal(other.weight, layer.weight)
 
 
 def test_a_format_that_is_not_registered_here_comes_with_its_codebook(
+    device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fmt = formats.Format("elsewhere", [(i / 15) ** 2 for i in range(16)], ties=[True] * 15)
-    layer = Linear4bit(64, 8, quant_type=fmt)
+    layer = Linear4bit(64, 8, quant_type=fmt, device=device)
     state = layer.state_dict()
     monkeypatch.delitem(formats.FORMATS, "elsewhere")
-    other = Linear4bit(64, 8)
+    other = Linear4bit(64, 8, device=device)
     other.load_state_dict(state)
     assert torch.equal(other.dequantize_weight(), layer.dequantize_weight())
     for mine, theirs in zip(other.format.tables, fmt.tables, strict=True):
         assert (mine == theirs).all()
 
 
-def test_in_a_container_under_prefixes_and_safetensors(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_in_a_container_under_prefixes_and_safetensors(device: torch.device, tmp_path) -> None:  # type: ignore[no-untyped-def]
     from safetensors.torch import load_file, save_file
 
-    model = nn.ModuleDict({"a": Linear4bit(64, 32), "b": nn.Sequential(Linear4bit(32, 16))})
+    model = nn.ModuleDict(
+        {
+            "a": Linear4bit(64, 32, device=device),
+            "b": nn.Sequential(Linear4bit(32, 16, device=device)),
+        }
+    )
     save_file(model.state_dict(), tmp_path / "m.safetensors")
-    other = nn.ModuleDict({"a": Linear4bit(64, 32), "b": nn.Sequential(Linear4bit(32, 16))})
+    other = nn.ModuleDict(
+        {
+            "a": Linear4bit(64, 32, device=device),
+            "b": nn.Sequential(Linear4bit(32, 16, device=device)),
+        }
+    )
     other.load_state_dict(load_file(tmp_path / "m.safetensors"))
     assert same_state(model, other)
 
 
-def test_a_dense_checkpoint_is_quantized_while_it_loads() -> None:
-    dense = nn.Linear(64, 32)
-    layer = Linear4bit(64, 32, blocksize=32)
+def test_a_dense_checkpoint_is_quantized_while_it_loads(device: torch.device) -> None:
+    dense = nn.Linear(64, 32, device=device)
+    layer = Linear4bit(64, 32, blocksize=32, device=device)
     layer.load_state_dict(dense.state_dict())
     assert same_state(layer, Linear4bit.from_linear(dense, blocksize=32))
     with torch.device("meta"):
@@ -488,9 +515,9 @@ def test_a_dense_checkpoint_is_quantized_while_it_loads() -> None:
     assert same_state(layer, Linear4bit.from_linear(dense, blocksize=32))
 
 
-def test_loading_copies_and_assigning_takes() -> None:
-    state = Linear4bit(64, 32).state_dict()
-    layer = Linear4bit(64, 32)
+def test_loading_copies_and_assigning_takes(device: torch.device) -> None:
+    state = Linear4bit(64, 32, device=device).state_dict()
+    layer = Linear4bit(64, 32, device=device)
     parameter = layer.weight
     layer.load_state_dict(state)
     assert layer.weight is parameter
@@ -503,20 +530,22 @@ def test_loading_copies_and_assigning_takes() -> None:
         assert getattr(layer, key).data_ptr() == given.data_ptr(), key
 
 
-def test_strict_tells_missing_and_unexpected_keys_and_loose_passes_over_them() -> None:
-    layer = Linear4bit(64, 32)
+def test_strict_tells_missing_and_unexpected_keys_and_loose_passes_over_them(
+    device: torch.device,
+) -> None:
+    layer = Linear4bit(64, 32, device=device)
     state = layer.state_dict()
     del state["bias"]
-    state["other"] = torch.zeros(1)
+    state["other"] = torch.zeros(1, device=device)
     with pytest.raises(RuntimeError) as error:
-        Linear4bit(64, 32).load_state_dict(state)
+        Linear4bit(64, 32, device=device).load_state_dict(state)
     assert 'Missing key(s) in state_dict: "bias"' in str(error.value)
     assert 'Unexpected key(s) in state_dict: "other"' in str(error.value)
-    other = Linear4bit(64, 32)
+    other = Linear4bit(64, 32, device=device)
     result = other.load_state_dict(state, strict=False)
     assert (result.missing_keys, result.unexpected_keys) == (["bias"], ["other"])
     assert torch.equal(other.weight, layer.weight)
-    empty = Linear4bit(64, 32).load_state_dict({}, strict=False)
+    empty = Linear4bit(64, 32, device=device).load_state_dict({}, strict=False)
     assert empty.missing_keys == ["weight", "bias"]
 
 
@@ -590,11 +619,13 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("strict", [True, False])
-def test_what_does_not_agree_is_named_and_nothing_is_loaded(case: str, strict: bool) -> None:
+def test_what_does_not_agree_is_named_and_nothing_is_loaded(
+    device: torch.device, case: str, strict: bool
+) -> None:
     damage, message = BAD[case]
-    state = Linear4bit(64, 32).state_dict()
+    state = Linear4bit(64, 32, device=device).state_dict()
     damage(state)
-    model = nn.ModuleDict({"layer": Linear4bit(64, 32)})
+    model = nn.ModuleDict({"layer": Linear4bit(64, 32, device=device)})
     before = copy.deepcopy(model)
     with pytest.raises(RuntimeError, match=r"layer\.weight") as error:
         model.load_state_dict({f"layer.{k}": v for k, v in state.items()}, strict=strict)
@@ -662,10 +693,10 @@ def test_their_packed_bytes_in_another_storage_dtype() -> None:
 # --- merging ------------------------------------------------------------------------------------
 
 
-def test_merge_rounds_once_says_by_how_much_and_unmerges_bit_for_bit() -> None:
-    layer = LoraLinear4bit(128, 64, r=4, lora_alpha=4)
+def test_merge_rounds_once_says_by_how_much_and_unmerges_bit_for_bit(device: torch.device) -> None:
+    layer = LoraLinear4bit(128, 64, r=4, lora_alpha=4, device=device)
     nn.init.normal_(layer.lora_B, std=0.02)
-    before, x = copy.deepcopy(layer), torch.randn(3, 128)
+    before, x = copy.deepcopy(layer), torch.randn(3, 128, device=device)
     y = layer(x)
     exact = layer.dequantize_weight(torch.float32) + layer.delta_weight()
     error = layer.merge()
@@ -691,9 +722,11 @@ def test_merge_rounds_once_says_by_how_much_and_unmerges_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     ("size", "lost"), [(1e-3, 1.03), (0.01, 1.09), (0.03, 1.08), (0.1, 0.79), (0.3, 0.32)]
 )
-def test_a_small_update_does_not_survive_the_merge(size: float, lost: float) -> None:
+def test_a_small_update_does_not_survive_the_merge(
+    device: torch.device, size: float, lost: float
+) -> None:
     """The table in MergeReport: what is small against NF4's steps is rounded away."""
-    linear = nn.Linear(512, 512, bias=False)
+    linear = nn.Linear(512, 512, bias=False, device=device)
     nn.init.normal_(linear.weight, std=0.02)
     layer = LoraLinear4bit.from_linear(linear, r=16)
     nn.init.normal_(layer.lora_B)
@@ -703,10 +736,10 @@ def test_a_small_update_does_not_survive_the_merge(size: float, lost: float) -> 
     assert layer.merge().relative_to_update == pytest.approx(lost, abs=0.1)
 
 
-def test_merging_leaves_those_who_share_the_weight_alone() -> None:
-    base, lora = _shared()
+def test_merging_leaves_those_who_share_the_weight_alone(device: torch.device) -> None:
+    base, lora = _shared(device=device)
     nn.init.normal_(lora.lora_B)
-    x = torch.randn(3, 64)
+    x = torch.randn(3, 64, device=device)
     y = base(x)
     lora.merge()
     assert torch.equal(base(x), y)
@@ -716,8 +749,8 @@ def test_merging_leaves_those_who_share_the_weight_alone() -> None:
     assert _is_shared(base, lora)
 
 
-def test_merging_twice_is_an_error() -> None:
-    layer = LoraLinear4bit(64, 32)
+def test_merging_twice_is_an_error(device: torch.device) -> None:
+    layer = LoraLinear4bit(64, 32, device=device)
     layer.merge()
     with pytest.raises(RuntimeError, match="merged already"):
         layer.merge()
@@ -729,7 +762,7 @@ def test_merging_twice_is_an_error() -> None:
 class _Model(nn.Module):
     """An embedding tied to the output, a shared layer, two layers of one weight, odd ones out."""
 
-    def __init__(self, tie: bool = True) -> None:
+    def __init__(self, tie: bool = True, device: torch.device | None = None) -> None:
         super().__init__()
         self.embed = nn.Embedding(50, 64)
         self.layers = nn.ModuleList(
@@ -740,6 +773,7 @@ class _Model(nn.Module):
         self.lm_head = nn.Linear(64, 50, bias=False)
         if tie:
             self.lm_head.weight = self.embed.weight
+        self.to(device)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -751,8 +785,8 @@ class _Model(nn.Module):
         return self.lm_head(x)
 
 
-def test_it_replaces_all_but_the_output_layer_and_says_so(capsys) -> None:  # type: ignore[no-untyped-def]
-    model = _Model()
+def test_it_replaces_all_but_the_output_layer_and_says_so(device: torch.device, capsys) -> None:  # type: ignore[no-untyped-def]
+    model = _Model(device=device)
     report = replace_linear_layers(model)
     assert list(report.replaced) == [
         f"layers.{i}.{name}" for i in range(2) for name in ("q_proj", "up_proj")
@@ -778,7 +812,7 @@ def test_it_replaces_all_but_the_output_layer_and_says_so(capsys) -> None:  # ty
     assert printed.strip() == str(report)
     assert "4 linear layers to nf4, blocks of 64, double quantization" in printed
     assert "kept as it is: lm_head (skip 'lm_head')" in printed
-    model(torch.tensor([[1, 2, 3]]))
+    model(torch.tensor([[1, 2, 3]], device=device))
     assert model.lm_head.weight is model.embed.weight
 
 
@@ -791,10 +825,10 @@ def test_bits_a_weight() -> None:
     )
 
 
-def test_a_tied_output_layer_stays_even_if_nothing_is_skipped() -> None:
-    report = replace_linear_layers(_Model(), skip=[], verbose=False)
+def test_a_tied_output_layer_stays_even_if_nothing_is_skipped(device: torch.device) -> None:
+    report = replace_linear_layers(_Model(device=device), skip=[], verbose=False)
     assert report.skipped["lm_head"] == "its weight is tied to embed"
-    report = replace_linear_layers(_Model(tie=False), skip=[], verbose=False)
+    report = replace_linear_layers(_Model(tie=False, device=device), skip=[], verbose=False)
     assert "lm_head" in report.replaced
 
 
@@ -809,8 +843,8 @@ def test_include_and_skip_take_names_components_and_wildcards() -> None:
     assert names(include="q_proj", skip="layers.1") == ["layers.0.q_proj"]
 
 
-def test_a_shared_module_is_replaced_once_and_stays_shared() -> None:
-    model = _Model()
+def test_a_shared_module_is_replaced_once_and_stays_shared(device: torch.device) -> None:
+    model = _Model(device=device)
     model.layers[1]["q_proj"] = model.layers[0]["q_proj"]
     report = replace_linear_layers(model, verbose=False)
     assert model.layers[1]["q_proj"] is model.layers[0]["q_proj"]
@@ -819,8 +853,8 @@ def test_a_shared_module_is_replaced_once_and_stays_shared() -> None:
     assert report.weights == 64 * 64 + 2 * 64 * 96
 
 
-def test_two_layers_of_one_weight_share_the_packed_one() -> None:
-    model = _Model()
+def test_two_layers_of_one_weight_share_the_packed_one(device: torch.device) -> None:
+    model = _Model(device=device)
     model.layers[1]["q_proj"].weight = model.layers[0]["q_proj"].weight
     report = replace_linear_layers(model, verbose=False, lora=LoraSpec(r=2))
     a, b = (layer["q_proj"] for layer in model.layers)
@@ -831,8 +865,8 @@ def test_two_layers_of_one_weight_share_the_packed_one() -> None:
     assert report.weights == 64 * 64 + 2 * 64 * 96
 
 
-def test_dense_weights_are_freed_one_by_one() -> None:
-    model = _Model()
+def test_dense_weights_are_freed_one_by_one(device: torch.device) -> None:
+    model = _Model(device=device)
     watched = [weakref.ref(layer["q_proj"].weight) for layer in model.layers]
     alive: list[int] = []
     original = Linear4bit.from_linear.__func__  # type: ignore[attr-defined]
@@ -847,8 +881,8 @@ def test_dense_weights_are_freed_one_by_one() -> None:
     assert alive == [2, 1, 1, 0]
 
 
-def test_lora_on_all_or_on_some_and_what_trains() -> None:
-    model = _Model()
+def test_lora_on_all_or_on_some_and_what_trains(device: torch.device) -> None:
+    model = _Model(device=device)
     spec = LoraSpec(r=2, lora_alpha=4, target_modules="q_proj")
     report = replace_linear_layers(model, lora=spec, verbose=False)
     assert report.adapters == ["layers.0.q_proj", "layers.1.q_proj"]
@@ -856,14 +890,14 @@ def test_lora_on_all_or_on_some_and_what_trains() -> None:
     assert model.layers[0]["q_proj"].scaling == 2.0
     trained = mark_only_lora_as_trainable(model)
     assert trained == [f"layers.{i}.q_proj.lora_{m}" for i in range(2) for m in "AB"]
-    model(torch.tensor([[1, 2]])).sum().backward()
+    model(torch.tensor([[1, 2]], device=device)).sum().backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None) == (name in trained), name
     assert list(qnn.lora_state_dict(model)) == trained
 
 
-def test_adapters_for_a_model_that_is_quantized_already() -> None:
-    model = _Model()
+def test_adapters_for_a_model_that_is_quantized_already(device: torch.device) -> None:
+    model = _Model(device=device)
     replace_linear_layers(model, verbose=False)
     weight = model.layers[0]["q_proj"].weight
     with pytest.raises(ValueError, match=r"no linear layer to quantize.*4-bit already"):
@@ -875,8 +909,8 @@ def test_adapters_for_a_model_that_is_quantized_already() -> None:
     assert str(report).startswith("LoRA on 4 layers")
 
 
-def test_a_models_dtype_device_and_mode_are_kept() -> None:
-    model = _Model().to(torch.bfloat16).eval()
+def test_a_models_dtype_device_and_mode_are_kept(device: torch.device) -> None:
+    model = _Model(device=device).to(torch.bfloat16).eval()
     replace_linear_layers(model, verbose=False, compute_dtype=torch.float32)
     layer = model.layers[0]["q_proj"]
     assert not layer.training
@@ -948,11 +982,13 @@ def test_repr_says_what_it_is() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_the_values_are_the_same(mode, autocast: bool) -> None:  # type: ignore[no-untyped-def]
-    layer = LoraLinear4bit(64, 24, r=3)
+def test_without_gradients_the_values_are_the_same(
+    device: torch.device, mode, autocast: bool
+) -> None:  # type: ignore[no-untyped-def]
+    layer = LoraLinear4bit(64, 24, r=3, device=device)
     nn.init.normal_(layer.lora_B)
-    x = torch.randn(5, 64)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    x = torch.randn(5, 64, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
         y = layer(x)
         with mode():
             z = layer(x)
@@ -962,10 +998,10 @@ def test_without_gradients_the_values_are_the_same(mode, autocast: bool) -> None
     assert torch.equal(y, z)
 
 
-def test_a_result_of_no_grad_can_go_on_into_autograd() -> None:
-    layer = Linear4bit(64, 24)
+def test_a_result_of_no_grad_can_go_on_into_autograd(device: torch.device) -> None:
+    layer = Linear4bit(64, 24, device=device)
     with torch.no_grad():
-        y = layer(torch.randn(5, 64))
-    w = torch.randn(24, requires_grad=True)
+        y = layer(torch.randn(5, 64, device=device))
+    w = torch.randn(24, requires_grad=True, device=device)
     (y * w).sum().backward()
     assert w.grad is not None
