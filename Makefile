@@ -8,6 +8,7 @@
 #                       and the tests of ops and modules on it
 #   make bench-gpu      the CUDA kernels on it, measured
 #   make bench          the benchmarks, beside bitsandbytes, dense bf16 and the machine's limits
+#   make wheel          dist/: a release wheel, manylinux, with the CUDA half for every architecture
 #   make build          the native libraries, in place
 #   make format         rewrites sources as `make lint` wants them
 #   make clean          removes what was built; `make distclean` the environment too
@@ -123,6 +124,19 @@ test-gpu: setup need-gpu
 
 bench-gpu: need-gpu
 	@$(VENV)/bin/qlora tune $(TUNE_ARGS)
+
+# --- releases -----------------------------------------------------------------------------------
+
+# Compiled by the toolkit in CUDA_HOME where that is set (a binary needs a driver as new as its
+# toolkit: 12.8 is what a release is built with), else by PyPI's. Nothing of torch comes along.
+.PHONY: wheel
+wheel: export QLORA_KERNELS_CUDA ?= 1
+wheel: export QLORA_KERNELS_CUDA_ARCHITECTURES ?= all
+wheel: setup
+	@rm -rf build/wheel && mkdir -p build/wheel dist
+	@$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	  --wheel-dir dist build/wheel/*.whl
 
 # --- cleaning ------------------------------------------------------------------------------------
 
