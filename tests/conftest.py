@@ -80,11 +80,12 @@ def shared_data() -> Path:
 
 
 @functools.cache
-def _build_variant(kind: str) -> tuple[Path | None, str]:
+def _build_variant(kind: str, architectures: str | None) -> tuple[Path | None, str]:
     # One architecture in full, and its PTX, which is what the emulator runs.
-    os.environ.setdefault("QLORA_KERNELS_CUDA_ARCHITECTURES", "80")
+    given = os.environ.get("QLORA_KERNELS_CUDA_ARCHITECTURES", "80")
+    environment = {**os.environ, "QLORA_KERNELS_CUDA_ARCHITECTURES": architectures or given}
     command = [sys.executable, "setup.py", "--quiet", "build_variant", f"--kind={kind}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode != 0:
         return None, result.stdout + result.stderr
     name = {
@@ -93,21 +94,22 @@ def _build_variant(kind: str) -> tuple[Path | None, str]:
         "cuda": "_ops_cuda_emulated.so",
     }[kind]
     if kind == "cuda":
-        kind += "-".join(os.environ["QLORA_KERNELS_CUDA_ARCHITECTURES"].split())
+        kind += "-".join((architectures or given).split())
     return ROOT / "build" / f"{kind}-{sysconfig.get_config_var('SOABI')}" / name, ""
 
 
 @pytest.fixture(scope="session")
-def native_variant() -> Callable[[str], Path]:
+def native_variant() -> Callable[..., Path]:
     """``native_variant("emulated" | "sanitize")``: that build of ``_ops``, made first if need be;
-    ``"cuda"``: ``_ops_cuda_emulated.so``, beside it the ``_ops_cuda.abi3.so`` of the same objects.
+    ``"cuda"``: ``_ops_cuda_emulated.so``, beside it the ``_ops_cuda.abi3.so`` of the same objects,
+    for the compute capabilities given second ("75 80"), else the environment's, else 80.
 
     Load a build of ``_ops`` in a process of its own, through ``QLORA_KERNELS_OPS``. Skips where the
     machine cannot build it; a compile error is a failure.
     """
 
-    def build(kind: str) -> Path:
-        library, words = _build_variant(kind)
+    def build(kind: str, architectures: str | None = None) -> Path:
+        library, words = _build_variant(kind, architectures)
         missing = (
             "needs SIMDe",
             "needs an x86",

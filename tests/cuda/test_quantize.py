@@ -185,10 +185,8 @@ def test_results_do_not_depend_on_the_order_of_warps_and_blocks(make_gpu) -> Non
         assert same_bits(absmax.cpu(), quantized(w, "nf4", 4096)[1])
 
 
-@pytest.mark.parametrize("device", ["t4", "a100", "rtx4090", "b200"])
+@pytest.mark.parametrize("device", ["a100", "rtx4090", "b200"])  # the T4: test_turing.py
 def test_every_device_has_the_simple_kernels(make_gpu, device) -> None:
-    if device == "t4":
-        pytest.skip("the quick build has no code for Turing; test_build.py has all architectures")
     gpu = make_gpu(device)
     w = torch.randn(5000)
     packed, _ = gpu.ops.quantize_4bit(*gpu(w, *get_format("nf4").tensors()[1:]), 64)
