@@ -43,6 +43,11 @@ NESTED_BLOCKSIZE = 256
 MIN_ABSMAX = 1e-38
 
 
+SCALES: tuple[str, ...] = ("fp32", "e8m0", "e4m3")
+"""Kinds of a block's scale: fp32 (which may be double-quantized), a power of two in one byte, and
+an 8-bit float times one fp32 scale of the whole tensor."""
+
+
 class FormatError(ValueError):
     """A codebook, threshold list or format name that cannot be used."""
 
@@ -72,9 +77,12 @@ class Format:
             midpoints when not given.
         ties: 15 flags, ``True`` where a value equal to the threshold takes the upper neighbour.
             The default is the lower one everywhere.
+        scale: the kind of its blocks' scales, one of :data:`SCALES`; the last two, chosen as
+            reference.normalize_scaled says, are one byte and not double-quantized.
 
     Raises:
-        FormatError: a wrong count, NaN or infinities, all values alike, unsorted thresholds.
+        FormatError: a wrong count, NaN or infinities, all values alike, unsorted thresholds, a kind
+            of scale that is not offered.
     """
 
     name: str
@@ -82,11 +90,16 @@ class Format:
     thresholds: Sequence[float] | None = None
     ties: Sequence[bool] | None = None
     description: str = ""
+    scale: str = "fp32"
 
     def __post_init__(self) -> None:
         if not self.name or not all(c.isalnum() or c in "_-." for c in self.name):
             raise FormatError(
                 f"a format's name is letters, digits, '_', '-' or '.', got {self.name!r}"
+            )
+        if self.scale not in SCALES:
+            raise FormatError(
+                f"the scale of {self.name!r} must be one of {', '.join(SCALES)}, got {self.scale!r}"
             )
         book = _f32(self.codebook, f"the codebook of {self.name!r}", 16)
         if np.all(book == book[0]):
@@ -123,9 +136,20 @@ class Format:
     def bits_per_weight(self, blocksize: int, nested: bool) -> float:
         """Bits a weight, constants included: 4.127 for nested scales at a blocksize of 64."""
         check_blocksize(blocksize)
+        self.check_nested(nested)
+        if self.scale != "fp32":
+            return 4 + 8 / blocksize
         if nested:
             return 4 + 8 / blocksize + 32 / (blocksize * NESTED_BLOCKSIZE)
         return 4 + 32 / blocksize
+
+    def check_nested(self, nested: bool) -> None:
+        """Raises FormatError where scales of one byte were to be double-quantized."""
+        if nested and self.scale != "fp32":
+            raise FormatError(
+                f"{self.name!r} has {self.scale} scales of one byte, which double quantization "
+                "does not apply to: compress_statistics must be False"
+            )
 
     def __repr__(self) -> str:
         return f"Format({self.name!r})"
@@ -134,7 +158,9 @@ class Format:
         # By name where that means the same, so that copies and workers share the cached tables.
         if FORMATS.get(self.name) is self:
             return get_format, (self.name,)
-        args = (self.name, self.codebook, self.thresholds, self.ties, self.description)
+        args = (
+            self.name, self.codebook, self.thresholds, self.ties, self.description, self.scale
+        )  # fmt: skip
         return Format, args
 
 
@@ -241,7 +267,7 @@ def register_format(fmt: Format) -> Format:
     known = FORMATS.get(fmt.name)
     if known is not None and known is not fmt:
         same = all(np.array_equal(a, b) for a, b in zip(known.tables, fmt.tables, strict=True))
-        if not same:
+        if not same or known.scale != fmt.scale:
             raise FormatError(f"a different format is already registered as {fmt.name!r}")
         return known
     FORMATS[fmt.name] = fmt
@@ -352,3 +378,10 @@ def _from_ordinal(i: int) -> np.float32:
 def blocks(count: int, blocksize: int) -> int:
     """Blocks, the last one possibly ragged, that hold ``count`` values."""
     return math.ceil(count / blocksize)
+
+
+def scale_dtype(scale: str, nested: bool) -> torch.dtype:
+    """What a block's scale is stored as: int8 holds the byte of an E8M0 or E4M3 value."""
+    if scale != "fp32":
+        return torch.int8
+    return torch.uint8 if nested else torch.float32

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import formats, ops
+from . import formats, ops, reference
 from .formats import Format, FormatError, get_format
 
 _DTYPES = {str(d).removeprefix("torch."): d for d in ops.FLOATS}
@@ -27,13 +27,15 @@ class QuantState:
     """What is needed to read a packed weight back; field names are bitsandbytes'.
 
     Args:
-        absmax: fp32 ``[blocks]``; uint8 ``[blocks]`` when nested.
+        absmax: fp32 ``[blocks]``; uint8 ``[blocks]`` when nested; int8 ``[blocks]``, the bytes of a
+            format whose scales are E8M0 or E4M3.
         shape: the weight's shape.
         code: the codebook, fp32 ``[16]`` (for ``state2``: the 8-bit code, fp32 ``[256]``).
         blocksize: values (for ``state2``: scales) that share one scale.
         quant_type: the format's name.
         dtype: what the weight was, and what it dequantizes to by default.
-        offset: fp32 scalar, the mean that was taken off the scales; only when nested.
+        offset: fp32 scalar, the mean that was taken off the scales when nested; the tensor's scale
+            with E4M3.
         state2: the nested scales' own state; only when nested.
     """
 
@@ -57,7 +59,7 @@ class QuantState:
         """``absmax ... nested_offset``, what every op takes after the packed bytes."""
         assert self.code is not None
         if self.state2 is None:
-            return self.absmax, self.code, self.blocksize, None, None, None
+            return self.absmax, self.code, self.blocksize, None, None, self.offset
         nested = self.state2
         return self.absmax, self.code, self.blocksize, nested.absmax, nested.code, self.offset
 
@@ -99,6 +101,8 @@ class QuantState:
                 nested_dtype=str(self.state2.dtype).removeprefix("torch."),
                 nested_offset=self.offset.item(),
             )
+        elif self.offset is not None:
+            d["tensor_scale"] = self.offset.item()
         return d
 
     @classmethod
@@ -160,6 +164,8 @@ class QuantState:
                 blocksize=formats.NESTED_BLOCKSIZE,
                 dtype=torch.float32,
             )
+        elif "tensor_scale" in d:
+            state.offset = torch.tensor(float(d["tensor_scale"]), device=device)
         count = state.shape.numel()  # type: ignore[union-attr]
         need = formats.blocks(count, blocksize)
         if absmax.numel() != need:
@@ -188,7 +194,8 @@ def checkpoint_entries(state: QuantState, fmt: Format | None = None) -> dict[str
     written in the same form under ``quant_state.qlora_kernels__<name>``, so that neither package
     mistakes one for the other; a format whose thresholds are not the midpoints of its codebook also
     puts ``thresholds`` (15 values, ties folded in) in the JSON. Dequantization needs ``quant_map``
-    alone.
+    alone. Scales of one byte are ``absmax`` int8, and the JSON says of which kind (``scale``), for
+    E4M3 with the tensor's (``tensor_scale``).
 
     Args:
         fmt: the state's format, where more is known of it than its name; by name if None.
@@ -199,7 +206,8 @@ def checkpoint_entries(state: QuantState, fmt: Format | None = None) -> dict[str
         try:
             fmt = get_format(str(state.quant_type))
         except FormatError:  # came with a checkpoint, and is not registered here
-            fmt = Format(str(state.quant_type), code.tolist())
+            scale = "fp32" if state.absmax.dtype != torch.int8 else "e4m3" if offset else "e8m0"
+            fmt = Format(str(state.quant_type), code.tolist(), scale=scale)
     info: dict[str, Any] = {
         "quant_type": fmt.name,
         "blocksize": state.blocksize,
@@ -220,6 +228,10 @@ def checkpoint_entries(state: QuantState, fmt: Format | None = None) -> dict[str
         prefix = OWN_STATE
         if fmt.thresholds is not None or fmt.ties is not None:
             info["thresholds"] = fmt.tables[1].tolist()
+    if fmt.scale != "fp32":
+        info["scale"] = fmt.scale
+        if offset is not None:
+            info["tensor_scale"] = offset.item()
     text = json.dumps(info).encode()
     entries[prefix + fmt.name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return entries
@@ -258,14 +270,15 @@ def quantize_4bit(
         blocksize: values a scale; 64 unless given.
         compress_statistics: double quantization of the scales.
         quant_type: a format's name or a :class:`~qlora_kernels.formats.Format`. The default is
-            bitsandbytes' (``fp4``); QLoRA's is ``nf4``.
+            bitsandbytes' (``fp4``); QLoRA's is ``nf4``. Its ``scale`` decides what absmax is.
         quant_storage: dtype under which the bytes are held; uint8, or another of 1, 2 or 4 bytes.
 
     Returns:
         ``(packed [(n + 1) // 2, 1], state)``.
 
     Raises:
-        ValueError, TypeError: an empty tensor, a dtype, format or blocksize that is not offered.
+        ValueError, TypeError: an empty tensor, a dtype, format or blocksize that is not offered,
+            double quantization of scales of one byte.
     """
     if isinstance(quant_type, str):
         fmt = get_format(quant_type)
@@ -275,9 +288,17 @@ def quantize_4bit(
     blocksize = formats.check_blocksize(64 if blocksize is None else blocksize)
     if A.numel() == 0:
         raise ValueError(f"A is empty (shape {list(A.shape)}): nothing to quantize")
+    fmt.check_nested(compress_statistics)
     codebook, thresholds, codes = fmt.tensors(A.device)
-    packed, scales = torch.ops.qlora_kernels.quantize_4bit(A, thresholds, codes, blocksize)
-    state = QuantState(scales, A.shape, codebook, blocksize, fmt.name, A.dtype)
+    if fmt.scale == "fp32":
+        packed, scales = torch.ops.qlora_kernels.quantize_4bit(A, thresholds, codes, blocksize)
+        state = QuantState(scales, A.shape, codebook, blocksize, fmt.name, A.dtype)
+    else:
+        tensor_scale = reference.tensor_scale(A) if fmt.scale == "e4m3" else None
+        packed, scales = torch.ops.qlora_kernels.quantize_4bit_scaled(
+            A, thresholds, codes, blocksize, tensor_scale
+        )
+        state = QuantState(scales, A.shape, codebook, blocksize, fmt.name, A.dtype, tensor_scale)
     if compress_statistics:
         limits = formats.nested_thresholds(A.device)
         state.absmax, nested, state.offset = torch.ops.qlora_kernels.quantize_absmax(

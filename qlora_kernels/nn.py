@@ -5,10 +5,11 @@
 ===================  =========================  =================================================
 ``weight``           parameter, uint8, frozen   two values a byte, the earlier in the high nibble
 ``absmax``           buffer, uint8 or fp32      one scale a block: an 8-bit code, or the scale
+                     or int8                    ... or the byte of an E8M0 or E4M3 scale
 ``quant_map``        buffer, fp32 [16]          the codebook
 ``nested_absmax``    buffer, fp32               double quantization: one scale per 256 scales
 ``nested_quant_map`` buffer, fp32 [256]         ... and what the 8-bit codes mean
-``nested_offset``    buffer, fp32 []            ... and what is added
+``nested_offset``    buffer, fp32 []            ... and what is added; of E4M3 scales the tensor's
 ``bias``             parameter                  as in ``nn.Linear``
 ===================  =========================  =================================================
 
@@ -37,10 +38,12 @@ from torch import Tensor, nn
 from . import functional as F4
 from .formats import (
     NESTED_BLOCKSIZE,
+    SCALES,
     Format,
     blocks,
     check_blocksize,
     get_format,
+    scale_dtype,
 )
 from .ops import FLOATS
 
@@ -116,6 +119,13 @@ def read_checkpoint_entries(
     for name, kind in needed.items():
         if not isinstance(info.get(name), kind) or isinstance(info.get(name), bool):
             raise fail(f"the JSON of weight.{key} has {name} = {info.get(name)!r}")
+    scale = info.get("scale", "fp32")
+    if scale not in SCALES or (nested and scale != "fp32"):
+        raise fail(
+            f"the JSON of weight.{key} has scale = {scale!r}{' and nested' if nested else ''}"
+        )
+    if scale == "e4m3" and not isinstance(info.get("tensor_scale"), float):
+        raise fail(f"the JSON of weight.{key} has tensor_scale = {info.get('tensor_scale')!r}")
     for name in ("absmax", "quant_map", *(("nested_quant_map",) if nested else ())):
         if name not in entries:
             raise fail(f"weight.{name} is missing")
@@ -144,7 +154,7 @@ def read_checkpoint_entries(
         )
     n_blocks = blocks(count, blocksize)
     sizes = {
-        "absmax": (torch.uint8 if nested else torch.float32, n_blocks),
+        "absmax": (scale_dtype(scale, nested), n_blocks),
         "quant_map": (torch.float32, 16),
     }
     if nested:
@@ -163,7 +173,7 @@ def read_checkpoint_entries(
                 f"{blocksize} needs {size} x {want}"
             )
 
-    fmt = _read_format(name, key, entries["quant_map"], info.get("thresholds"), fail)
+    fmt = _read_format(name, key, entries["quant_map"], info.get("thresholds"), scale, fail)
     device = packed.device
     # bitsandbytes computes with its own table, whatever quant_map's last bit says: so do we.
     code = fmt.tensors(device)[0] if device.type != "meta" else entries["quant_map"]
@@ -176,6 +186,8 @@ def read_checkpoint_entries(
             dtype=torch.float32,
         )
         offset = torch.tensor(float(info["nested_offset"]), dtype=torch.float32, device=device)
+    elif scale == "e4m3":
+        offset = torch.tensor(info["tensor_scale"], dtype=torch.float32, device=device)
     state = F4.QuantState(
         absmax=entries["absmax"].reshape(-1),
         shape=torch.Size(told),
@@ -189,7 +201,9 @@ def read_checkpoint_entries(
     return packed.contiguous().view(torch.uint8).reshape(-1, 1), state, fmt
 
 
-def _read_format(name: str, key: str, quant_map: Tensor, thresholds: Any, fail: Any) -> Format:
+def _read_format(
+    name: str, key: str, quant_map: Tensor, thresholds: Any, scale: str, fail: Any
+) -> Format:
     book = quant_map.cpu().reshape(-1)
     try:
         fmt = get_format(name)
@@ -197,11 +211,13 @@ def _read_format(name: str, key: str, quant_map: Tensor, thresholds: Any, fail: 
         if key.startswith(F4.PEER_STATE):
             raise fail(f"bitsandbytes has no 4-bit format {name!r}") from None
         try:
-            return Format(name, book.tolist(), thresholds)
+            return Format(name, book.tolist(), thresholds, scale=scale)
         except (ValueError, TypeError) as error:
             raise fail(str(error)) from None
     if not torch.allclose(book, torch.from_numpy(fmt.tables[0]), rtol=0, atol=1e-5):
         raise fail(f"weight.quant_map is not the codebook of {name!r} that is known here")
+    if scale != fmt.scale:
+        raise fail(f"has {scale} scales, but {name!r} is known here with {fmt.scale}")
     return fmt
 
 
@@ -236,7 +252,7 @@ def _buffers_of(state: F4.QuantState) -> dict[str, Tensor | None]:
         "quant_map": state.code,
         "nested_absmax": None if state2 is None else state2.absmax,
         "nested_quant_map": None if state2 is None else state2.code,
-        "nested_offset": None if state2 is None else state.offset,
+        "nested_offset": state.offset,
     }
 
 
@@ -298,6 +314,7 @@ class Linear4bit(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.compute_dtype = compute_dtype
         fmt, nested = get_format(quant_type), bool(compress_statistics)
+        fmt.check_nested(nested)
         self._layout = _Layout(fmt, check_blocksize(blocksize), nested, dtype)
 
         count = in_features * out_features
@@ -308,13 +325,14 @@ class Linear4bit(nn.Linear):
         def floats(*size: int) -> Tensor:
             return torch.empty(size, dtype=torch.float32, device=device)
 
-        scales = torch.empty(n_blocks, dtype=torch.uint8, device=device) if nested else None
-        self.register_buffer("absmax", floats(n_blocks) if scales is None else scales)
+        scales = torch.empty(n_blocks, dtype=scale_dtype(fmt.scale, nested), device=device)
+        self.register_buffer("absmax", scales)
         self.register_buffer("quant_map", floats(16))
         n_nested = blocks(n_blocks, NESTED_BLOCKSIZE)
         self.register_buffer("nested_absmax", floats(n_nested) if nested else None)
         self.register_buffer("nested_quant_map", floats(256) if nested else None)
-        self.register_buffer("nested_offset", floats() if nested else None)
+        offset = nested or fmt.scale == "e4m3"
+        self.register_buffer("nested_offset", floats() if offset else None)
         self.register_parameter(
             "bias",
             nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None,

@@ -109,6 +109,13 @@ def normalize_scaled(
     return normalized, stored
 
 
+def tensor_scale(w: torch.Tensor) -> torch.Tensor:
+    """The fp32 scalar that E4M3 scales are multiples of: the largest finite magnitude takes 448,
+    E4M3's largest."""
+    finite = torch.where(w.isfinite(), w, 0).detach()
+    return (finite.abs().amax().float() / 448).clamp(min=MIN_ABSMAX)
+
+
 def byte_scales(stored: torch.Tensor, tensor_scale: torch.Tensor | None) -> torch.Tensor:
     """fp32 scales from bytes (int8): of E8M0, or of E4M3 times ``tensor_scale``."""
     if tensor_scale is None:
