@@ -242,7 +242,8 @@ def main() -> int:
                 )
             rows.append(
                 [key, str(m), *(f"{1e3 * total[p]:.3f}" for p in found),
-                 f"{ratio['bitsandbytes']:.2f}", f"{span[0]:.2f}-{span[1]:.2f}", f"{ratio['dense']:.2f}", bound]
+                 f"{ratio['bitsandbytes']:.2f}", f"{span[0]:.2f}-{span[1]:.2f}",
+                 f"{ratio['dense']:.2f}", bound]
             )  # fmt: skip
             figures.append({"device": key, "rows": m, "rank": args.rank, "seconds": total, **ratio})
     print("modelled, seven linear layers of LLaMA-7B, forward and backward, bf16, ms a layer")
