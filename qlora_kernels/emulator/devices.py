@@ -1,18 +1,30 @@
 # ruff: noqa: E501 -- a device of the table is a few long lines
 """Public figures of GPUs, with their sources, and the occupancy that follows from them.
 
-Every number is per device at its boost clock unless its name says otherwise, and every source is
-named: ``[W]`` the architecture's whitepaper or the product's data sheet, ``[G]`` the CUDA C++
-programming guide (compute capabilities; throughput of native arithmetic instructions), ``[O]``
-``cuda_occupancy.h`` of the CUDA toolkit, ``[B]`` the results recorded in
-github.com/te42kyfo/gpu-benches, ``[H]`` arXiv:2402.13499, "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture".
+Every number is per device at its boost clock unless its name says otherwise. A tag says where it
+was read, and how near to its origin:
 
-``[B]`` and ``[O]`` were read for this table. Figures marked ``[W]``, ``[G]`` and ``[H]`` were entered
-from memory of those sources and not read again: the tests check only that rates and clocks multiply
-out to the TFLOP/s entered beside them. Check one before you rest an argument on it.
+``[B]`` the results recorded in github.com/te42kyfo/gpu-benches: read.
+``[O]`` ``cuda_occupancy.h`` of the CUDA toolkit: read, and a test runs it against ``occupancy``.
+``[X]`` properties that the CUDA driver reported, recorded in github.com/openxla/xla
+    (xla/backends/gpu/target_config/specs: A100 40 and 80 GB, A6000, H100 SXM and PCIe, H200, B200),
+    and its cuda_core_info_table.cc (units of a multiprocessor, clocks of tensor cores): read.
+``[W]`` NVIDIA's architecture whitepapers: A100's in part (text without its tables); of GA102's,
+    Ada's, H100's and RTX Blackwell's only the tables that others quote with their page.
+``[D]`` NVIDIA's data sheets, as sellers and device databases reprint them.
+``[G]`` throughput of native arithmetic instructions in NVIDIA's guides: the column of capability
+    7.x in a translation, that of 12.0 (guide 13.4) as quoted; 8.0, 9.0 and 10.0 as far as ``[X]``
+    took them (fp16, fp32, fp64, int32). 8.6 and 8.9 are assumed to be 12.0's.
+``[H]`` arXiv:2402.13499 and 2501.12084, "Dissecting the NVIDIA Hopper GPU Architecture": their
+    tables as quoted, and the logs in github.com/HPMLL/NVIDIA-Hopper-Benchmark, read.
+``[N]`` measurements in engineers' notes in public repositories, found by a text search that does
+    not name the repository: a survey of B200 with measurements, two of mma.sync on B200 and GB200,
+    the SASS latencies of an RTX 4070 Ti and of sm_120.
+``[A]`` an assumption, for want of anything that could be read; it says why.
 
-Where no measurement is public for a device, the value of its nearest relative is scaled by what
-the data sheets say, and the source says ``from`` whom.
+docs/emulator_model.md lists what was looked for and not found. Where no measurement is public for a
+device, the value of its nearest relative is scaled by what the data sheets say, and the source says
+``from`` whom: that, too, is an assumption.
 """
 
 from __future__ import annotations
@@ -33,44 +45,47 @@ class Sm:
     that is not listed is not modelled.
     """
 
-    threads: int  # resident threads [G]
+    threads: int  # resident threads [X] 8.0, 8.6, 9.0, 10.0; as quoted 8.9, 12.0; [A] 7.5
     blocks: int  # resident blocks [O]
-    shared: int  # bytes of shared memory at the largest carve-out [G]
-    shared_optin: int  # bytes a block may ask for [G]
+    shared: int  # bytes of shared memory at the largest carve-out, as `threads`
+    shared_optin: int  # bytes a block may ask for, as `threads`
     shared_reserved: int  # bytes a block gives to the system [O]
     shared_granularity: int  # bytes [O]
-    unified: int  # bytes of L1 and shared memory together [W]
-    rate: dict[str, float]  # [G]
-    registers: int = 65536
-    partitions: int = 4
-    issue: float = 4.0  # warp instructions a clock: one a scheduler [W]
-    shared_bytes_clk: int = 128  # [W]
+    rate: dict[str, float]  # see below
+    registers: int = 65536  # [X]
+    partitions: int = 4  # [O]
+    issue: float = 4.0  # warp instructions a clock: one a scheduler [W] GA102, quoted
     l1_bytes_clk: int = 128  # [B] gpu-cache, hits: A100 126, A40 64.5, L40 63.7
-    l1_latency: int = 34  # cycles, load to use, L1 hit [B] gpu-latency
-    shared_latency: int = 29  # cycles [H] table 4
-    alu_latency: int = 4  # cycles, dependent FFMA, IADD3 [H], and 4.5 for IMAD
-    mma_latency: int = 33  # cycles, dependent m16n8k16 HMMA [H] table 7, sm_80 and 90 alike
+    l1_latency: int = 34  # cycles, load to use, L1 hit [B]; [H] 32.7 A100, 32.0 H800, 36.1 4090
+    shared_latency: int = 29  # cycles [H] 29.0 A100 and H800, 30.1 4090; [N] 29.0 B200
+    # Cycles, dependent m16n8k16 HMMA with fp32 accumulation: [N] 33 of the 35 that a chain costs on
+    # sm_120, "about 23" on B200; [A] for the others, whose table in [H] could not be read.
+    mma_latency: int = 33
 
 
-# Rates [G]. "alu" is logic, integer add, compare, select, permute, shift; "imul" multiplies and
-# multiply-adds of integers; "xu" special functions and conversions; "lsu" the issue of one memory
-# instruction (wavefronts are counted apart); "half" packed fp16 and bf16 arithmetic; "uniform" the
-# scalar datapath; "fp64".
-# An SM has 32 load/store units on GA100, GH100 and GB100, 16 elsewhere [W].
+# Warp instructions a clock a multiprocessor: [G], with these readings of it. "alu" is logic, shift,
+# compare, select, permute (64 lanes) and integer add (128 lanes on 12.0, 64 before); "imul"
+# multiplies and multiply-adds of integers (64 lanes); "xu" special functions and conversions (16
+# lanes); "half" packed fp16 and bf16 arithmetic, instructions and not results (bf16 at A100's half
+# rate is not told apart); "fp64". [A]: "lsu", the issue of one memory instruction (wavefronts are
+# counted apart), is 32 load/store units' on A100, H100 and B200 and 16 units' elsewhere, as the
+# whitepapers draw them; shuffles are counted with it, though [G] gives them 32 lanes everywhere.
+# [A]: "uniform", the scalar datapath, and "control" one instruction in two clocks a partition.
 _RATE_75 = {"fma": 2, "imul": 2, "alu": 2, "half": 2, "xu": 0.5, "lsu": 0.5, "uniform": 2,
             "control": 2, "fp64": 0.0625}  # fmt: skip
 _RATE_80 = {**_RATE_75, "half": 4, "lsu": 1, "fp64": 1}
 _RATE_86 = {**_RATE_75, "fma": 4}
 _RATE_90 = {**_RATE_75, "fma": 4, "half": 4, "lsu": 1, "fp64": 2}
+_RATE_100 = {**_RATE_90, "half": 2}
 
 _SM = {
-    (7, 5): Sm(1024, 16, 65536, 65536, 0, 256, 98304, _RATE_75, l1_bytes_clk=64),
-    (8, 0): Sm(2048, 32, 167936, 166912, 1024, 128, 196608, _RATE_80),
-    (8, 6): Sm(1536, 16, 102400, 101376, 1024, 128, 131072, _RATE_86, l1_bytes_clk=64),
-    (8, 9): Sm(1536, 24, 102400, 101376, 1024, 128, 131072, _RATE_86, l1_bytes_clk=64),
-    (9, 0): Sm(2048, 32, 233472, 232448, 1024, 128, 262144, _RATE_90),
-    (10, 0): Sm(2048, 32, 233472, 232448, 1024, 128, 262144, _RATE_90),
-    (12, 0): Sm(1536, 24, 102400, 101376, 1024, 128, 131072, _RATE_86, l1_bytes_clk=64),
+    (7, 5): Sm(1024, 16, 65536, 65536, 0, 256, _RATE_75, l1_bytes_clk=64),
+    (8, 0): Sm(2048, 32, 167936, 166912, 1024, 128, _RATE_80),
+    (8, 6): Sm(1536, 16, 102400, 101376, 1024, 128, _RATE_86, l1_bytes_clk=64),
+    (8, 9): Sm(1536, 24, 102400, 101376, 1024, 128, _RATE_86, l1_bytes_clk=64),
+    (9, 0): Sm(2048, 32, 233472, 232448, 1024, 128, _RATE_90),
+    (10, 0): Sm(2048, 32, 233472, 232448, 1024, 128, _RATE_100, l1_latency=40, mma_latency=23),
+    (12, 0): Sm(1536, 24, 102400, 101376, 1024, 128, _RATE_86, l1_bytes_clk=64),
 }
 
 
@@ -157,13 +172,13 @@ def _tensor(sms: int, clock: float, fp16: int, **others: int) -> dict[str, float
 
 
 GB, MB = 10**9, 2**20
-_READ = 0.92  # of the data sheet, where nobody's measurement of the device is at hand: the mean of
-#               the measured ones below, rounded (A100-40 .958, A100-80 .92, H100 PCIe .975,
-#               H200 .81, L40 .977, A40 .976)
+_READ = 0.93  # of the data sheet, where nobody's measurement of the device is at hand: the mean of
+#               the measured ones below, rounded (A100-40 .958, A100-80 .92, H100 SXM .964, H100
+#               PCIe .975, H200 .81, L40 .977, A40 .976, B200 .88)
 
 
 def _device(key: str, name: str, capability: tuple[int, int], sms: int, mhz: float, gib: int,
-            gbs: float, l2_mb: int, l2_gbs: float, tensor: dict[str, int], sources: dict[str, str],
+            gbs: float, l2_mb: float, l2_gbs: float, tensor: dict[str, int], sources: dict[str, str],
             read: float | None = None, **more: Any) -> Device:  # fmt: skip
     clock = mhz * 1e6
     pace = _PACE.get(capability, (2.0e-6, 1.2, 350))
@@ -171,122 +186,129 @@ def _device(key: str, name: str, capability: tuple[int, int], sms: int, mhz: flo
     return Device(
         key=key, name=name, capability=capability, sms=sms, clock=clock, memory=gib * 2**30,
         dram_bandwidth=gbs * GB, dram_read=(gbs * _READ if read is None else read) * GB,
-        l2_bytes=l2_mb * MB, l2_bandwidth=l2_gbs * GB,
+        l2_bytes=int(l2_mb * MB), l2_bandwidth=l2_gbs * GB,
         tensor=_tensor(sms, clock, **tensor), sources=sources, **more,
     )  # fmt: skip
 
 
-_AMPERE = "[W] NVIDIA A100 whitepaper"
-_GA102 = "[W] NVIDIA GA102 whitepaper v2.1"
-_ADA = "[W] NVIDIA Ada GPU architecture whitepaper v2"
-_HOPPER = "[W] NVIDIA H100 whitepaper"
-_BLACKWELL = "[W] NVIDIA Blackwell architecture brief and HGX B200 data sheet"
-_GB202 = "[W] NVIDIA RTX Blackwell GPU architecture whitepaper"
-_PACE = {  # launch, block_cycles, block_turnaround
+_ADA = "[W] Ada whitepaper, appendix A, quoted"
+_PACE = {  # launch, block_cycles, block_turnaround; [A]: 7.5 and 10.0 get rounded means, 12.0 L40's
     (8, 0): (2.0e-6, 1.05, 332), (8, 6): (2.0e-6, 1.2, 332), (8, 9): (1.1e-6, 1.34, 518),
     (9, 0): (1.9e-6, 1.19, 382), (12, 0): (1.1e-6, 1.34, 518),
 }  # fmt: skip
-_MMA_SYNC_90 = "[H]: mma.sync reaches 62.9% of the peak that wgmma does"
+_MMA_SYNC_90 = "[H] H800: m16n8k16, fp32 accumulation, 490.7 of the sheet's 756.5 TFLOP/s"
+_CLOCK_90 = "; [X] its tensor cores' clock, it boosts to 1,980 MHz"
 
 _TABLE = [
     _device("t4", "Tesla T4", (7, 5), 40, 1590, 16, 320, 4, 1270, {"fp16": 1024, "bf16": 0, "int8": 2048},
-            {"figures": "[W] Turing whitepaper; T4 data sheet",
-             "l2": "arXiv:1903.07486 (Jia et al.), 1,270 GB/s measured",
-             "dram": "arXiv:1903.07486: 220 GB/s measured at a throttled clock is not used; 0.92 of the sheet"},
+            {"figures": "[D]; int8 [A], twice fp16",
+             "l2": "[A] arXiv:1903.07486 (Jia et al.), from memory: 1,270 GB/s",
+             "dram": "[A] 0.93 of the sheet", "latency": "[A] arXiv:1903.07486, from memory"},
             l2_latency=188, dram_latency=616, bus_bits=256, memory_clock_khz=5001000),
     _device("a10", "A10", (8, 6), 72, 1695, 24, 600, 6, 2200, {"fp16": 1024, "tf32": 512, "int8": 2048},
-            {"figures": _GA102 + "; A10 data sheet", "l2": "from A40, by clock and slices",
-             "dram": "[B] A40's share of its sheet, .976"}, read=586, bus_bits=384, memory_clock_khz=6251000),
+            {"figures": "[D]; tf32, int8 [A], as A40", "l2": "from A40, by clock and slices",
+             "dram": "from A40, its share of its sheet, .976"},
+            read=586, bus_bits=384, memory_clock_khz=6251000),
     _device("rtx3090", "GeForce RTX 3090", (8, 6), 82, 1695, 24, 936, 6, 2200,
             {"fp16": 512, "tf32": 256, "int8": 2048},
-            {"figures": _GA102, "l2": "from A40, by clock", "dram": "[B] A40's share of its sheet, .976"},
+            {"figures": "[D]; tensor rates [W] GA102 whitepaper, table 9, quoted; tf32 [A], half of fp16",
+             "l2": "from A40, by clock", "dram": "from A40, its share of its sheet, .976"},
             read=913, bus_bits=384, memory_clock_khz=9751000, aliases=("3090",)),
-    _device("rtx3050-laptop", "GeForce RTX 3050 Laptop", (8, 6), 16, 1500, 4, 192, 2, 650,
+    _device("rtx3050-laptop", "GeForce RTX 3050 Laptop", (8, 6), 16, 1500, 4, 192, 1.5, 650,
             {"fp16": 512, "tf32": 256, "int8": 2048},
-            {"figures": _GA102 + "; github.com/Pupking/01_tiled_gemm (16 SMs, 1.5 GHz held, 1.5 MB of L2)",
-             "l2": "from A40, by bus width and clock", "dram": "[B] A40's share of its sheet, .976"},
+            {"figures": "github.com/Pupking/01_tiled_gemm: read (16 SMs, 1.5 GHz held, 1.5 MB of L2); "
+                        "tensor rates from RTX 3090",
+             "l2": "from A40, by bus width and clock", "dram": "from A40, its share of its sheet, .976"},
             read=187, bus_bits=128, memory_clock_khz=6001000),
     _device("a6000", "RTX A6000", (8, 6), 84, 1800, 48, 768, 6, 2300,
             {"fp16": 1024, "tf32": 512, "int8": 2048},
-            {"figures": _GA102, "l2": "from A40, by clock", "dram": "[B] A40's share of its sheet, .976"},
+            {"figures": "[X]; fp16 [W] GA102 whitepaper, table 3, quoted; tf32, int8 [A], as A40",
+             "l2": "from A40, by clock", "dram": "from A40, its share of its sheet, .976"},
             read=750, bus_bits=384, memory_clock_khz=8001000, aliases=("rtxa6000",)),
     _device("a40", "A40", (8, 6), 84, 1740, 48, 696, 6, 2260,
             {"fp16": 1024, "tf32": 512, "int8": 2048},
-            {"figures": _GA102 + "; A40 data sheet", "l2": "[B] gpu-cache, a40",
-             "dram": "[B] gpu-stream, a40: read 679 GB/s"},
+            {"figures": "[D]", "l2": "[B] gpu-cache, a40", "dram": "[B] gpu-stream, a40: read 679 GB/s"},
             read=679, bus_bits=384, memory_clock_khz=7251000),
     _device("a100-40", "A100-SXM4-40GB", (8, 0), 108, 1410, 40, 1555, 40, 5400,
             {"fp16": 2048, "tf32": 1024, "int8": 4096},
-            {"figures": _AMPERE, "l2": "[B] gpu-l2-cache, a100_80",
+            {"figures": "[X]; [W] 16 x fp32's rate; tf32, int8 [X] core table", "l2": "[B] gpu-l2-cache, a100_80",
              "dram": "[B] gpu-stream, a100_40: read 1,490 GB/s", "latency": "[B] gpu-latency, a100_40"},
             read=1490, l2_latency=211, dram_latency=574, bus_bits=5120, memory_clock_khz=1215000),
     _device("a100-80", "A100-SXM4-80GB", (8, 0), 108, 1410, 80, 2039, 40, 5400,
             {"fp16": 2048, "tf32": 1024, "int8": 4096},
-            {"figures": _AMPERE, "l2": "[B] gpu-l2-cache, a100_80: 5,415 GB/s",
+            {"figures": "[X]; tensor rates as A100-SXM4-40GB", "l2": "[B] gpu-l2-cache, a100_80: 5,415 GB/s",
              "dram": "[B] gpu-l2-cache, a100_80: 1,877 GB/s beyond the cache",
              "latency": "[B] gpu-latency, a100_80"},
             read=1877, l2_latency=211, dram_latency=571, bus_bits=5120, memory_clock_khz=1593000,
             aliases=("a100",)),
     _device("rtx4090", "GeForce RTX 4090", (8, 9), 128, 2520, 24, 1008, 72, 4800,
             {"fp16": 512, "tf32": 256, "int8": 2048, "fp8": 1024},
-            {"figures": _ADA, "l2": "from L40, by SMs and clock",
-             "dram": "[B] L40's share of its sheet, .977", "latency": "[B] gpu-latency, l40"},
+            {"figures": _ADA + "; tf32 [A], half of fp16", "l2": "from L40, by SMs and clock ([H]: 1,708 "
+                        "bytes a clock of an RTX 4090, 4,304 GB/s at this clock)",
+             "dram": "from L40, its share of its sheet, .977", "latency": "[B] gpu-latency, l40"},
             read=985, l2_latency=276, dram_latency=632, bus_bits=384, memory_clock_khz=10501000,
             aliases=("4090",)),
     _device("l4", "L4", (8, 9), 58, 2040, 24, 300, 48, 1760,
             {"fp16": 1024, "tf32": 512, "int8": 2048, "fp8": 2048},
-            {"figures": _ADA + "; L4 data sheet", "l2": "from L40, by SMs and clock",
-             "dram": "[B] L40's share of its sheet, .977", "latency": "[B] gpu-latency, l40"},
+            {"figures": "[D]; SMs from its fp32 and fp16 rates, databases disagree", "l2": "from L40, by SMs "
+                        "and clock",
+             "dram": "from L40, its share of its sheet, .977", "latency": "[B] gpu-latency, l40"},
             read=293, l2_latency=276, dram_latency=632, bus_bits=192, memory_clock_khz=6251000),
     _device("l40", "L40", (8, 9), 142, 2490, 48, 864, 96, 5240,
-            {"fp16": 512, "tf32": 256, "int8": 2048, "fp8": 1024},
-            {"figures": _ADA + "; L40 data sheet (181 TFLOP/s fp16)", "l2": "[B] gpu-l2-cache, l40",
+            {"fp16": 512, "tf32": 256, "int8": 1024, "fp8": 1024},
+            {"figures": "[D]", "l2": "[B] gpu-l2-cache, l40",
              "dram": "[B] gpu-stream, l40: read 844 GB/s", "latency": "[B] gpu-latency, l40"},
             read=844, l2_latency=276, dram_latency=632, bus_bits=384, memory_clock_khz=9001000),
     _device("l40s", "L40S", (8, 9), 142, 2520, 48, 864, 96, 5300,
             {"fp16": 1024, "tf32": 512, "int8": 2048, "fp8": 2048},
-            {"figures": _ADA + "; L40S data sheet", "l2": "from L40, by clock",
-             "dram": "[B] L40's, the same memory", "latency": "[B] gpu-latency, l40"},
+            {"figures": "[D]", "l2": "from L40, by clock",
+             "dram": "from L40, the same memory", "latency": "[B] gpu-latency, l40"},
             read=844, l2_latency=276, dram_latency=632, bus_bits=384, memory_clock_khz=9001000),
     _device("h100", "H100 SXM5 80GB", (9, 0), 132, 1830, 80, 3352, 50, 9000,
             {"fp16": 4096, "tf32": 2048, "int8": 8192, "fp8": 8192},
-            {"figures": _HOPPER + " (the clock is that of its tensor figures; it boosts to 1,980 MHz)",
-             "l2": "from H200, by clock", "dram": "0.92 of the sheet", "mma_sync": _MMA_SYNC_90,
-             "latency": "[B] gpu-latency, h100_pcie"},
-            mma_sync=0.629, l2_latency=265, dram_latency=658, bus_bits=5120, memory_clock_khz=2619000,
-            aliases=("h100-sxm", "h100sxm")),
+            {"figures": "[X]" + _CLOCK_90 + "; [W] table 3, quoted: 989.4 TFLOP/s",
+             "l2": "from H200, by clock ([H]: 4,472 bytes a clock of an H800, 8,184 GB/s at this one)",
+             "dram": "github.com/simveit/effective_reduction: 3,232 GB/s read, as 97.9% of 3,300",
+             "mma_sync": _MMA_SYNC_90, "latency": "[B] gpu-latency, h100_pcie"},
+            read=3232, mma_sync=0.649, l2_latency=265, dram_latency=658, bus_bits=5120,
+            memory_clock_khz=2619000, aliases=("h100-sxm", "h100sxm")),
     _device("h100-pcie", "H100 PCIe 80GB", (9, 0), 114, 1755, 80, 2039, 50, 6950,
             {"fp16": 4096, "tf32": 2048, "int8": 8192, "fp8": 8192},
-            {"figures": _HOPPER + " (756 TFLOP/s at 1,620 MHz: 350 W do not hold the boost clock)",
+            {"figures": "[X]; [W] table 3, quoted: 756 TFLOP/s, at 1,620 MHz, for 350 W do not hold the boost",
              "l2": "[B] gpu-l2-cache, h100_pcie", "dram": "[B] gpu-l2-cache, h100_pcie: 1,989 GB/s",
              "mma_sync": _MMA_SYNC_90, "latency": "[B] gpu-latency, h100_pcie"},
-            read=1989, mma_sync=0.629, l2_latency=265, dram_latency=658, bus_bits=5120,
+            read=1989, mma_sync=0.649, l2_latency=265, dram_latency=658, bus_bits=5120,
             memory_clock_khz=1593000),
     _device("h200", "H200 SXM 141GB", (9, 0), 132, 1830, 141, 4800, 50, 9780,
             {"fp16": 4096, "tf32": 2048, "int8": 8192, "fp8": 8192},
-            {"figures": "[W] H200 data sheet; clocks as H100", "l2": "[B] gpu-l2-cache, h200",
+            {"figures": "[X]" + _CLOCK_90 + "; bus [D]; memory clock [A], nvidia-smi's from memory",
+             "l2": "[B] gpu-l2-cache, h200",
              "dram": "[B] gpu-l2-cache, h200: 3,888 GB/s beyond the cache", "mma_sync": _MMA_SYNC_90,
              "latency": "[B] gpu-latency, h100_pcie"},
-            read=3888, mma_sync=0.629, l2_latency=265, dram_latency=658, bus_bits=6144,
+            read=3888, mma_sync=0.649, l2_latency=265, dram_latency=658, bus_bits=6144,
             memory_clock_khz=3201000),
     _device("gh200", "GH200 96GB", (9, 0), 132, 1830, 96, 4000, 50, 9000,
             {"fp16": 4096, "tf32": 2048, "int8": 8192, "fp8": 8192},
-            {"figures": "[W] GH200 data sheet (HBM3, 96 GB)", "l2": "from H200, by clock",
-             "dram": "0.92 of the sheet", "mma_sync": _MMA_SYNC_90,
+            {"figures": "[D] 96 GB, 4 TB/s; the rest from H100", "l2": "from H200, by clock",
+             "dram": "[A] 0.93 of the sheet ([N]: 3.6 TB/s copied)", "mma_sync": _MMA_SYNC_90,
              "latency": "[B] gpu-latency, h100_pcie"},
-            mma_sync=0.629, l2_latency=265, dram_latency=658, bus_bits=6144, memory_clock_khz=2619000),
-    _device("b200", "B200 SXM 180GB", (10, 0), 148, 1850, 180, 8000, 126, 12000,
+            mma_sync=0.649, l2_latency=265, dram_latency=658, bus_bits=6144, memory_clock_khz=2619000),
+    _device("b200", "B200 SXM 180GB", (10, 0), 148, 1850, 180, 7672, 126.5, 21200,
             {"fp16": 8192, "tf32": 4096, "int8": 16384, "fp8": 16384},
-            {"figures": _BLACKWELL, "l2": "from H200, by SMs; nothing measured at hand",
-             "dram": "0.92 of the sheet",
-             "mma_sync": "no public figure at hand: taken as Hopper's FLOP a clock, a quarter of "
-                         "what tcgen05 does; a guess",
-             "latency": "from H100; nothing measured at hand"},
-            mma_sync=0.3145, l2_latency=300, dram_latency=750, bus_bits=8192, memory_clock_khz=3996000),
+            {"figures": "[X]: bandwidth is the bus's, the sheet says 8 TB/s; the clock is that of the sheet's "
+                        "2,250 TFLOP/s, it boosts to 1,965 MHz",
+             "l2": "[N] 21,237 GB/s at 1,587 MHz, and 21 TB/s by chipsandcheese.com",
+             "dram": "[N] 6,753 GB/s read",
+             "mma_sync": "[N] an HMMA in 8.17 (GB200) and 8.5 (B200) clocks of a partition; tcgen05 does its "
+                         "work in 2",
+             "latency": "[N] at 1,587 MHz"},
+            read=6753, mma_sync=0.24, l2_latency=305, dram_latency=839, bus_bits=7680,
+            memory_clock_khz=3996000),
     _device("rtx5090", "GeForce RTX 5090", (12, 0), 170, 2407, 32, 1792, 96, 6050,
             {"fp16": 512, "tf32": 256, "int8": 2048, "fp8": 1024},
-            {"figures": _GB202, "l2": "from L40, by SMs and clock", "dram": "0.92 of the sheet",
-             "latency": "from L40"},
+            {"figures": "[W] RTX Blackwell whitepaper, table 3, quoted; L2's size [A], from memory; tf32 [A], "
+                        "half of fp16",
+             "l2": "from L40, by SMs and clock", "dram": "[A] 0.93 of the sheet", "latency": "from L40"},
             l2_latency=276, dram_latency=632, bus_bits=512, memory_clock_khz=14001000,
             aliases=("5090",)),
 ]  # fmt: skip

@@ -30,13 +30,19 @@ that table in view, so it is no blind test (docs/emulator_model.md). Known to be
 - DRAM has no banks, rows or directions: reads and writes cost the same, and mixed streams reach
   some 5 to 15% less than pure reads on HBM.
 - L2 is one cache of one bandwidth for reads and writes. A100 and H100 have two halves, and an
-  access to the far one costs more. Partition camping and set conflicts do not exist.
-- clocks are the table's: tensor kernels on 350 to 450 W parts throttle below them.
+  access to the far one costs more. Partition camping and set conflicts do not exist, and a store
+  of a part of a sector costs what a whole one does: a transpose that scatters its stores by 16 KB
+  is modelled 43 to 83% too fast, one that gathers its loads 36%.
+- clocks are the table's: tensor kernels on 350 to 450 W parts throttle below them, GeForce parts
+  run above theirs (products and attention on an RTX 5090: up to 24% too slow).
 - register-tiled fp32 products that load, wait and compute in turn are modelled 35 to 40% too fast
   on an A6000, where cuBLAS itself reaches but 60% of the data sheet's peak; sums folded in shared
   memory by every second, fourth, ... thread 40% too fast.
-- caches: L1 serves what a block reads again, whatever its size; L2 keeps a buffer that fits in it,
-  else what a wave of blocks shares while it runs (``wave_bytes``).
+- caches: L1 serves what a block reads again, whatever its size (a softmax that reads rows of 256 KB
+  twice is modelled 31% too fast, a norm with a row a thread 57 to 67%); L2 keeps a buffer that fits
+  in it, else what a wave of blocks shares while it runs (``wave_bytes``), and nothing from launch
+  to launch (a copy of 64 MB that is repeated on an A100 with 40 MB of L2: 42% too slow).
+- atomics to one address do not queue.
 - warps of one block that do different things (producers and consumers) are averaged.
 """
 
@@ -65,9 +71,11 @@ __all__ = [
     "work_of_launch",
 ]
 
-# Cycles until a result can be used. Fixed-latency arithmetic is 4 on every target since Volta;
-# the others are microbenchmarks of arXiv:1804.06826 (Volta), 1903.07486 (Turing) and 2402.13499
-# (Ampere, Ada, Hopper), which agree within a few cycles of each other.
+# Cycles until a result can be used, the same on every target. Read, in the notes that devices.py
+# calls [N] and in Accel-Sim's configurations for A100 and H100: arithmetic 4 to 4.5; "xu" 17.6 for
+# ex2, which is what softmaxes need (23 in Accel-Sim, 23.5 for sin, some 40 for rcp and rsq on Ada);
+# fp64 8 on H100; a shuffle 24 to 25. The rest are assumptions of the size that arXiv:1804.06826
+# and 1903.07486 report for Volta and Turing, entered from memory.
 _LATENCY = {
     "fma": 4, "alu": 4, "imul": 4, "half": 4, "fp64": 8, "xu": 18, "uniform": 6, "const": 28,
     "control": 0, "unknown": 4, "tma": 0, "tcgen05": 20,
@@ -191,7 +199,8 @@ def model(work: Work, device: str | Device, *, launch: bool | float = True) -> M
     terms: dict[str, float] = {
         "DRAM": (work.dram_read + work.dram_write) / device.dram_read,
         "L2": work.l2_bytes / device.l2_bandwidth,
-        # 64 bytes a clock between a multiprocessor and L2 [arXiv:2402.13499, and A100 whitepaper].
+        # 64 bytes a clock between a multiprocessor and L2: an assumption, Volta's figure. What L2s
+        # are measured to give with all multiprocessors reading is 35 each (A100, H100) or less.
         "L2 port": work.l2_bytes * share / (64 * clock),
         "shared memory and L1": (work.wavefronts + work.l1_cycles) * share / clock,  # one data path
         "issue slots": sum(work.pipes.values()) * share / (sm.issue * clock),

@@ -179,7 +179,7 @@ def test_a_copy_is_bound_by_dram():
         ({"pipes": {"uniform": 2e9, "control": 2e9}}, "issue slots", 4e9 / 132 / 4 / 1.83e9),
         ({"pipes": {"alu": 1e9}}, "issue slots (alu)", 1e9 / 132 / 2 / 1.83e9),
         ({"pipes": {"xu": 1e9}}, "issue slots (xu)", 1e9 / 132 / 0.5 / 1.83e9),
-        ({"tensor": {"bf16": 1e12}}, "tensor cores", 1e12 / (989.4e12 * 0.629)),
+        ({"tensor": {"bf16": 1e12}}, "tensor cores", 1e12 / (989.4e12 * 0.649)),
         ({"tensor_async": {"bf16": 1e12}}, "tensor cores", 1e12 / 989.4e12),
         # 8 blocks are resident: 10 take two rounds, with a turnaround between.
         ({"cycles": 1e6}, "latency", 2 * (1e6 + 382) / 1.83e9),
@@ -440,18 +440,26 @@ def test_clocks_of_l1_for_a_strided_load(kernels, step, clocks):
         assert model.l1_cycles_of(counts, "a6000") == 2 + 2
 
 
-def test_the_validation_covers_many_kernels_and_its_rows_are_sound():
+@pytest.fixture(scope="module")
+def benchmark():
     import importlib.util
     from pathlib import Path
 
     path = Path(__file__).parents[2] / "benchmarks" / "emulator_model.py"
     spec = importlib.util.spec_from_file_location("emulator_model", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    sys.modules["emulator_model"] = benchmark
-    spec.loader.exec_module(benchmark)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["emulator_model"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_validation_covers_many_kernels_and_its_rows_are_sound(benchmark):
     rows = [r for r in benchmark.ROWS if not r.what.endswith("*")]
-    assert len({r.kernel for r in rows}) >= 8 and len({r.device for r in rows}) >= 6
+    assert len({r.kernel for r in rows}) >= 24 and len({r.device for r in rows}) >= 8
     assert all(r.value > 0 and r.source and r.device in DEVICES for r in rows)
+    assert all(r.kernel.split("_")[0] in benchmark.CASES for r in rows)
+    for source in {r.source for r in rows}:
+        assert f"{source} " in benchmark.__doc__, f"{source} is not named in the script's head"
     if MISSING:
         pytest.skip(MISSING)
     chosen = [r for r in rows if r.kernel in ("reduce_shuffle", "stream_triad")][-2:]
@@ -459,3 +467,105 @@ def test_the_validation_covers_many_kernels_and_its_rows_are_sound():
     for r in results:
         assert r["measured_us"] > 0 and abs(r["error"]) < 0.5
         assert r["modelled_us"] == pytest.approx((1 + r["error"]) * r["measured_us"])
+
+
+def test_a_measured_time_and_a_measured_rate_are_compared_alike(benchmark):
+    if MISSING:
+        pytest.skip(MISSING)
+    row = next(r for r in benchmark.ROWS if r.kernel == "transpose_padded")
+    rate = 8 * 4096**2 / (row.value * 1e-6) / 1e9
+    as_rate = benchmark.Row(row.kernel, row.device, rate, "GB/s", "", row.block, row.what, 1)
+    time, other = benchmark.evaluate([row, as_rate], lambda text: None)
+    assert time["error"] == pytest.approx(other["error"]) and time["error"] != 0
+    assert time["modelled"] == pytest.approx(time["modelled_us"])
+
+
+class Kernels:
+    """The validation's own kernels, run on small shapes."""
+
+    def __init__(self, source):
+        from qlora_kernels.emulator import Module
+
+        self.module = Module.from_cuda(source, "sm_80")
+
+    def __call__(self, name, grid, block, *args, shared=0):
+        from qlora_kernels.emulator import emulate
+
+        kernel = self.module.kernel(name)
+        emulate(kernel, grid, block, list(args), device="a100", shared_bytes=shared)
+
+
+@needs_tools
+def test_kernels_of_the_validation_compute_what_their_names_say(benchmark):
+    import torch
+
+    run = Kernels(benchmark.SOURCE)
+    draw = np.random.default_rng(0)
+
+    def some(*shape):
+        return draw.standard_normal(shape, np.float32)
+
+    x, y = some(64, 64), zeros((64, 64))
+    for name, side, block in (
+        ("copy", 32, (32, 8)), ("naive", 32, (32, 8)), ("shared", 32, (32, 8)),
+        ("padded", 32, (32, 8)), ("scatter", 16, (16, 16)), ("gather", 16, (16, 16)),
+    ):  # fmt: skip
+        y[:] = 0
+        run(f"transpose_{name}", (64 // side, 64 // side), block, y, x, 64)
+        np.testing.assert_array_equal(y, x if name == "copy" else x.T)
+
+    for name, n, each in (("single", 1000, 512), ("vector", 12284, 6144)):
+        ints, total = draw.integers(-99, 99, n, np.int32), np.zeros(1, np.int32)
+        run(f"reduce_ints_{name}", -(-n // each), 512, ints, total, n)
+        assert total[0] == ints.sum()
+
+    def norm(x, w):
+        return x / np.sqrt((x.astype(float) ** 2).mean(1, keepdims=True) + 1e-5) * w
+
+    x, y, w = some(2, 4096), zeros((2, 4096)), some(4096)
+    for name in ("rmsnorm_block", "rmsnorm_block_vector"):
+        y[:] = 0
+        run(name, 2, 512, x, w, y, 1e-5)
+        np.testing.assert_allclose(y, norm(x, w), rtol=1e-5, atol=1e-6)
+    x, y, w, b = some(40, 96), zeros((40, 96)), some(96), some(96)
+    for name, grid in (("rmsnorm_thread", 2), ("rmsnorm_warp", 40)):
+        y[:] = 0
+        run(name, grid, 32, y, x, w, b, 40, 96)
+        np.testing.assert_allclose(y, norm(x, w) + b, rtol=1e-5, atol=1e-5)
+
+    for name, threads in (("rmsnorm_residual_1", 64), ("rmsnorm_residual_2", 32)):
+        x, r, w = (torch.from_numpy(some(2, 512)).bfloat16() for _ in range(3))
+        both = x.float() + r.float()
+        run(name, 2, threads, x, w[0].clone(), r, 1e-5)
+        torch.testing.assert_close(r, both.bfloat16(), rtol=0, atol=0)
+        expected = torch.from_numpy(norm(both.numpy(), w[0].float().numpy()))
+        torch.testing.assert_close(x.double(), expected, rtol=1e-2, atol=1e-3)
+
+    x, y = some(2, 1500), zeros((2, 1500))
+    run("softmax_block", 2, 256, x, y, 1500)
+    e = np.exp(x - x.max(1, keepdims=True).astype(float))
+    np.testing.assert_allclose(y, e / e.sum(1, keepdims=True), rtol=1e-5)
+
+
+@needs_tools
+def test_tensor_core_kernels_of_the_validation_compute_what_their_names_say(benchmark):
+    import torch
+
+    run = Kernels(benchmark.TENSOR_SOURCE)
+    torch.manual_seed(0)
+
+    def some(*shape):
+        return torch.randn(shape).bfloat16()
+
+    a, b, d = some(128, 128), some(256, 128), torch.zeros(128, 256, dtype=torch.bfloat16)
+    for name, bytes_a_row in (("plain", 128), ("padded", 144), ("swizzled", 128)):
+        d.zero_()
+        run(f"bgemm_{name}", (2, 1), 128, 128, 256, 128, a, b, d, shared=256 * bytes_a_row)
+        torch.testing.assert_close(d.float(), a.float() @ b.float().T, rtol=1e-2, atol=1e-2)
+
+    q, k, v, o = some(2, 128, 128), some(2, 128, 128), some(2, 128, 128), some(2, 128, 128)
+    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    for name in ("attention_plain", "attention_swizzled"):
+        o.zero_()
+        run(name, (1, 2), 128, q, k, v, o, 128, 128, shared=32768)
+        torch.testing.assert_close(o.float(), expected, rtol=2e-2, atol=1e-2)
