@@ -7,8 +7,9 @@ was read, and how near to its origin:
 ``[B]`` the results recorded in github.com/te42kyfo/gpu-benches: read.
 ``[O]`` ``cuda_occupancy.h`` of the CUDA toolkit: read, and a test runs it against ``occupancy``.
 ``[X]`` properties that the CUDA driver reported, recorded in github.com/openxla/xla
-    (xla/backends/gpu/target_config/specs: A100 40 and 80 GB, A6000, H100 SXM and PCIe, H200, B200),
-    and its cuda_core_info_table.cc (units of a multiprocessor, clocks of tensor cores): read.
+    (xla/backends/gpu/target_config/specs: A100 40 and 80 GB, A6000, H100 SXM and PCIe, B200; H200's
+    looks put together from its data sheet), and its cuda_core_info_table.cc (units of a
+    multiprocessor, clocks of tensor cores): read.
 ``[W]`` NVIDIA's architecture whitepapers: A100's in part (text without its tables); of GA102's,
     Ada's, H100's and RTX Blackwell's only the tables that others quote with their page.
 ``[D]`` NVIDIA's data sheets, as sellers and device databases reprint them.
@@ -56,7 +57,9 @@ class Sm:
     partitions: int = 4  # [O]
     issue: float = 4.0  # warp instructions a clock: one a scheduler [W] GA102, quoted
     l1_bytes_clk: int = 128  # [B] gpu-cache, hits: A100 126, A40 64.5, L40 63.7
-    l1_latency: int = 34  # cycles, load to use, L1 hit [B]; [H] 32.7 A100, 32.0 H800, 36.1 4090
+    # Cycles, load to use, L1 hit [B]: A100 36, H100 34.2, L40 36; [H] A100 32.7, H800 32.0, RTX 4090
+    # 36.0; [N] B200 39.6.
+    l1_latency: int = 34
     shared_latency: int = 29  # cycles [H] 29.0 A100 and H800, 30.1 4090; [N] 29.0 B200
     # Cycles, dependent m16n8k16 HMMA with fp32 accumulation: [N] 33 of the 35 that a chain costs on
     # sm_120, "about 23" on B200; [A] for the others, whose table in [H] could not be read.
@@ -81,11 +84,11 @@ _RATE_100 = {**_RATE_90, "half": 2}
 _SM = {
     (7, 5): Sm(1024, 16, 65536, 65536, 0, 256, _RATE_75, l1_bytes_clk=64),
     (8, 0): Sm(2048, 32, 167936, 166912, 1024, 128, _RATE_80),
-    (8, 6): Sm(1536, 16, 102400, 101376, 1024, 128, _RATE_86, l1_bytes_clk=64),
-    (8, 9): Sm(1536, 24, 102400, 101376, 1024, 128, _RATE_86, l1_bytes_clk=64),
+    (8, 6): Sm(1536, 16, 102400, 101376, 1024, 128, _RATE_86, l1_bytes_clk=64, l1_latency=36),
+    (8, 9): Sm(1536, 24, 102400, 101376, 1024, 128, _RATE_86, l1_bytes_clk=64, l1_latency=36),
     (9, 0): Sm(2048, 32, 233472, 232448, 1024, 128, _RATE_90),
     (10, 0): Sm(2048, 32, 233472, 232448, 1024, 128, _RATE_100, l1_latency=40, mma_latency=23),
-    (12, 0): Sm(1536, 24, 102400, 101376, 1024, 128, _RATE_86, l1_bytes_clk=64),
+    (12, 0): Sm(1536, 24, 102400, 101376, 1024, 128, _RATE_86, l1_bytes_clk=64, l1_latency=36),
 }
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -467,6 +469,17 @@ def test_the_validation_covers_many_kernels_and_its_rows_are_sound(benchmark):
     for r in results:
         assert r["measured_us"] > 0 and abs(r["error"]) < 0.5
         assert r["modelled_us"] == pytest.approx((1 + r["error"]) * r["measured_us"])
+
+
+def test_the_errors_that_the_documentation_names_are_in_its_table(benchmark):
+    from pathlib import Path
+
+    text = (Path(__file__).parents[2] / "docs" / "emulator_model.md").read_text()
+    *prose, table = text.split("```")[:-1]
+    named = set(re.findall(r"[+-]\d[\d.]*%", prose[-1]))
+    assert len(named) >= 10 and named <= set(re.findall(r"[+-]\d[\d.]*%", table))
+    printed = Counter(line.split()[0] for line in table.splitlines() if line.endswith("]"))
+    assert printed == Counter(row.kernel for row in benchmark.ROWS)
 
 
 def test_a_measured_time_and_a_measured_rate_are_compared_alike(benchmark):
