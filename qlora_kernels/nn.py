@@ -23,8 +23,8 @@ In a state dict they take bitsandbytes' key names (see :func:`~.functional.check
 Several processes: ``DistributedDataParallel`` takes a model of these layers as it is, and so does
 ``fully_shard`` (FSDP2): the packed bytes are cut along dimension 0 and gathered a layer at a time;
 scales are buffers, whole on each process (0.13 bits a weight when nested, 0.5 otherwise). Save and
-load ``model.state_dict()``, whose parameters are DTensors then, by ``torch.distributed.checkpoint``;
-its ``get_model_state_dict`` refuses keys that name neither a parameter nor a buffer, such as
+load ``model.state_dict()``, then of DTensors, by ``torch.distributed.checkpoint``, whose
+``get_model_state_dict`` refuses keys that name neither a parameter nor a buffer, such as
 ``weight.absmax``.
 """
 
