@@ -393,6 +393,7 @@ class Graph:
 class _Stream:
     handle: int
     blocking: bool = True
+    device: int = 0
     priority: int = 0
     tail: set[_Op] = field(default_factory=set)
     capture: Graph | None = None
@@ -464,7 +465,7 @@ class EmulatedRuntime:
         self._random = random.Random(seed)
         self._buffers: dict[int, Buffer] = {}
         self._modules: dict[Path, _Module] = {}
-        self._optin: dict[int, int] = {}
+        self._optin: dict[tuple[int, int], int] = {}  # by device and kernel
         self._objects: dict[int, Any] = {}
         self._next_handle = 0x1000
         self._default = _Stream(0)
@@ -702,7 +703,7 @@ class EmulatedRuntime:
         handle = self._next_handle
         self._next_handle += 0x10
         if isinstance(thing, _Stream):
-            thing.handle = handle
+            thing.handle, thing.device = handle, self.current
         self._objects[handle] = thing
         return handle
 
@@ -781,6 +782,12 @@ class EmulatedRuntime:
         kernel, module = self._kernel(host)
         readable = demangle(kernel)
         stream = self._get(stream_handle, _Stream, "stream")
+        if stream is not self._default and stream.device != self.current:
+            raise _Refused(
+                INVALID_HANDLE,
+                f"{readable}: the stream is device {stream.device}'s, the current device is "
+                f"{self.current}",
+            )
         threads = block[0] * block[1] * block[2]
         if 0 in grid or 0 in block:
             raise _Refused(INVALID_CONFIGURATION, f"{readable}: empty grid {grid} or block {block}")
@@ -797,13 +804,13 @@ class EmulatedRuntime:
             )
         ptx = module.ptx_for(kernel)
         use = module.resources_for(kernel)
-        allowed = self._optin.get(host, max(0, 49152 - use.shared))
+        opted_in = (self.current, host) in self._optin
+        allowed = self._optin.get((self.current, host), max(0, 49152 - use.shared))
         if shared > allowed:
             raise _Refused(
                 INVALID_VALUE,
                 f"{readable}: {shared} bytes of dynamic shared memory, {allowed} allowed"
-                + ("" if host in self._optin else " without")
-                + (" by" if host in self._optin else "")
+                + (" by" if opted_in else " without")
                 + " cudaFuncSetAttribute(cudaFuncAttributeMaxDynamicSharedMemorySize)",
             )
         bounds = re.search(
@@ -1348,7 +1355,9 @@ class EmulatedRuntime:
             (re.search(r"\.target\s+(sm_\w+)", module.ptx_for(kernel)) or [""] * 2)[1]
         )[0]
         attributes.binaryVersion = self.device.capability[0] * 10 + self.device.capability[1]
-        attributes.maxDynamicSharedSizeBytes = self._optin.get(w[1], 49152 - use.shared)
+        attributes.maxDynamicSharedSizeBytes = self._optin.get(
+            (self.current, w[1]), 49152 - use.shared
+        )
         attributes.preferredShmemCarveout = -1
         ctypes.memmove(w[0], ctypes.byref(attributes), ctypes.sizeof(attributes))
 
@@ -1364,14 +1373,14 @@ class EmulatedRuntime:
                     f"{demangle(kernel)}: {value} bytes of dynamic shared memory; {self.device} "
                     f"allows {self.device.sm.shared_optin} a block, of which {static} are static",
                 )
-            self._optin[w[0]] = value
+            self._optin[self.current, w[0]] = value
         elif attribute not in (9, 10, 11, 12, 13, 14, 15):
             raise _Refused(INVALID_VALUE, f"function attribute {attribute} is unknown")
 
     def _blocks(self, host: int, threads: int, shared: int) -> int:
         kernel, module = self._kernel(host)
         use = module.resources_for(kernel)
-        if shared > self._optin.get(host, max(0, 49152 - use.shared)):
+        if shared > self._optin.get((self.current, host), max(0, 49152 - use.shared)):
             return 0
         return occupancy(self.device, threads, use.registers, use.shared + shared).blocks
 
