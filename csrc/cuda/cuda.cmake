@@ -25,22 +25,23 @@ find_file(QLK_CUDART_STATIC libcudart_static.a NO_CACHE REQUIRED NO_DEFAULT_PATH
 find_path(QLK_CUDA_INCLUDE cuda_runtime_api.h NO_CACHE REQUIRED NO_DEFAULT_PATH
           PATHS ${nvcc_root}/include ${nvcc_root}/targets/x86_64-linux/include)
 
-# -gencode options of one source: code for each architecture, PTX of the lowest.
+# -gencode options of one source. All code from sm_80 on is made of compute_80's PTX, which comes
+# along for what is newer: what the emulator runs is what ships on every architecture, although
+# CUDA's own headers have other code for some; and the compiler's first half runs once.
 function(qlk_gencode kernel out)
   set(flags "")
-  set(others ${QLK_CUDA_ARCHITECTURES})
-  list(REMOVE_ITEM others 75)
+  set(code ${QLK_CUDA_ARCHITECTURES})
+  list(REMOVE_ITEM code 75)
+  list(TRANSFORM code PREPEND sm_)
   if(75 IN_LIST QLK_CUDA_ARCHITECTURES AND kernel IN_LIST QLK_CUDA_TURING)
     list(APPEND flags -gencode "arch=compute_75,code=[sm_75,compute_75]")
   endif()
-  foreach(arch ${others})
-    # PTX is compute_80's whatever is built: what the emulator runs is what ships.
-    list(APPEND flags -gencode "arch=compute_${arch},code=sm_${arch}")
-  endforeach()
   # Tensor-core kernels are in a build for Turing alone too, which never launches them: as PTX, so
   # that their launchers link and nvcc does not take an architecture of its own choice.
-  if(others OR NOT kernel IN_LIST QLK_CUDA_TURING)
-    list(APPEND flags -gencode "arch=compute_80,code=compute_80")
+  if(code OR NOT kernel IN_LIST QLK_CUDA_TURING)
+    list(APPEND code compute_80)
+    list(JOIN code "," code)
+    list(APPEND flags -gencode "arch=compute_80,code=[${code}]")
   endif()
   set(${out} ${flags} PARENT_SCOPE)
 endfunction()
