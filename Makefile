@@ -118,7 +118,7 @@ need-gpu: build
 # The CUDA kernels' own tests, and of what is tested on every device the GPU's share.
 test-gpu: setup need-gpu
 	@$(PY) -m pytest -q -n 0 tests/cuda $(PYTEST_ARGS)
-	@QLORA_KERNELS_TEST_DEVICES=cuda $(PY) -m pytest -q -n 0 -m "not full" -k cuda \
+	@QLORA_KERNELS_TEST_DEVICES=cuda $(PY) -m pytest -q -n 0 -m "not full" -k "cuda or gpu" \
 	  tests/test_quantize.py tests/test_linear.py tests/test_nn.py tests/test_activations.py \
 	  tests/loss $(PYTEST_ARGS)
 

@@ -379,6 +379,19 @@ def test_several_devices_can_be_had_and_no_more(library):
         assert rt.lib.set_device(2) == 101
 
 
+def test_a_stream_belongs_to_the_device_that_it_was_made_on(library):
+    x, y = arrays(2)
+    with EmulatedRuntime("a100", library, engine=by_name, devices=2, strict=False) as rt:
+        stream = rt.stream()
+        assert rt.lib.set_device(1) == 0
+        assert scale(rt, x, y, 2.0, 300, stream) == 400
+        assert "the stream is device 0's, the current device is 1" in str(rt.errors[0])
+        assert scale(rt, x, y, 2.0, 300, rt.stream()) == 0
+        assert rt.lib.set_device(0) == 0
+        assert scale(rt, x, y, 2.0, 300, stream) == 0
+    np.testing.assert_array_equal(y, 2 * x)
+
+
 def test_structures_are_laid_out_as_the_real_headers_have_them(tmp_path):
     """Offsets of every field that the runtime fills, from the compiler."""
     lines = []

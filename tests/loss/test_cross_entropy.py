@@ -17,11 +17,11 @@ from qlora_kernels.loss import cross_entropy, head_cross_entropy, linear_cross_e
 SHAPES = [(1, 1, 2), (1, 5, 7), (13, 7, 3), (37, 24, 301), (64, 33, 1000)]
 
 
-def make(rows: int, width: int, vocab: int, dtype=torch.float64, ignored: int = 3):
-    hidden = torch.randn(rows, width, dtype=dtype)
-    weight = torch.randn(vocab, width, dtype=dtype)
-    bias = torch.randn(vocab, dtype=dtype)
-    labels = torch.randint(vocab, (rows,))
+def make(rows: int, width: int, vocab: int, dtype=torch.float64, ignored: int = 3, device="cpu"):
+    hidden = torch.randn(rows, width, dtype=dtype, device=device)
+    weight = torch.randn(vocab, width, dtype=dtype, device=device)
+    bias = torch.randn(vocab, dtype=dtype, device=device)
+    labels = torch.randint(vocab, (rows,), device=device)
     if rows > 1:
         labels[::ignored] = -100
     return hidden, weight, bias, labels
@@ -49,8 +49,8 @@ def value_and_grads(loss, tensors: dict[str, Tensor], **kwargs):
 @pytest.mark.parametrize(
     "trained", (("hidden",), ("hidden", "weight", "bias"), ("weight",)), ids=str
 )
-def test_equals_the_plain_loss(shape, softcap, logit_scale, with_bias, trained):
-    hidden, weight, bias, labels = make(*shape)
+def test_equals_the_plain_loss(device, shape, softcap, logit_scale, with_bias, trained):
+    hidden, weight, bias, labels = make(*shape, device=device)
     tensors = {"hidden": hidden, "weight": weight, **({"bias": bias} if with_bias else {})}
     free = {k: v for k, v in tensors.items() if k in trained}
     fixed = {k: v for k, v in tensors.items() if k not in trained}
@@ -65,8 +65,8 @@ def test_equals_the_plain_loss(shape, softcap, logit_scale, with_bias, trained):
 
 @pytest.mark.parametrize("softcap", (None, 1.5))
 @pytest.mark.parametrize("trained", (False, True))
-def test_gradcheck(softcap, trained):
-    hidden, weight, bias, labels = make(5, 4, 11)
+def test_gradcheck(device, softcap, trained):
+    hidden, weight, bias, labels = make(5, 4, 11, device=device)
     inputs = [hidden.requires_grad_(), weight.requires_grad_(trained), bias.requires_grad_(trained)]
 
     def loss(hidden, weight, bias):
@@ -78,9 +78,9 @@ def test_gradcheck(softcap, trained):
 
 
 @pytest.mark.parametrize("softcap", (None, 2.0))
-def test_each_row_takes_its_own_factor(softcap):
-    hidden, weight, bias, labels = make(20, 6, 50)
-    factors = torch.randn(20, dtype=torch.float64)
+def test_each_row_takes_its_own_factor(device, softcap):
+    hidden, weight, bias, labels = make(20, 6, 50, device=device)
+    factors = torch.randn(20, dtype=torch.float64, device=device)
 
     def weighted(loss):
         def total(**tensors):
@@ -159,8 +159,8 @@ def test_16_bits_are_widened_where_the_processor_lacks_them(monkeypatch):
     cross_entropy._cpu_multiplies.cache_clear()
 
 
-def test_mixed_dtypes_and_the_gradients_dtype():
-    hidden, weight, _, labels = make(9, 8, 40, torch.float32)
+def test_mixed_dtypes_and_the_gradients_dtype(device):
+    hidden, weight, _, labels = make(9, 8, 40, torch.float32, device=device)
     weight = weight.bfloat16()
     loss, grads = value_and_grads(
         linear_cross_entropy, {"hidden": hidden, "weight": weight}, labels=labels
@@ -177,13 +177,15 @@ def test_mixed_dtypes_and_the_gradients_dtype():
 # --------------------------------------------------------------------------- hard numbers
 
 
-def test_maxima_that_rise_from_panel_to_panel():
+def test_maxima_that_rise_from_panel_to_panel(device):
     """Each panel's logits lie 100 above the last one's, then fall again."""
-    steps = torch.tensor([-300.0, -200, -100, 0, 250, 249, -500, 40], dtype=torch.float64)
-    hidden = torch.randn(4, 3, dtype=torch.float64)
-    weight = torch.randn(8 * 16, 3, dtype=torch.float64)
+    steps = torch.tensor(
+        [-300.0, -200, -100, 0, 250, 249, -500, 40], dtype=torch.float64, device=device
+    )
+    hidden = torch.randn(4, 3, dtype=torch.float64, device=device)
+    weight = torch.randn(8 * 16, 3, dtype=torch.float64, device=device)
     bias = steps.repeat_interleave(16)
-    labels = torch.tensor([0, 70, 127, 33])
+    labels = torch.tensor([0, 70, 127, 33], device=device)
     expected, want = value_and_grads(
         plain, {"hidden": hidden}, weight=weight, bias=bias, labels=labels
     )
@@ -202,10 +204,10 @@ def test_maxima_that_rise_from_panel_to_panel():
     torch.testing.assert_close(margin, z.gather(1, labels[:, None])[:, 0] - z.amax(1))
 
 
-def test_words_that_a_bias_of_minus_infinity_forbids():
-    hidden, weight, bias, _ = make(6, 4, 96)
+def test_words_that_a_bias_of_minus_infinity_forbids(device):
+    hidden, weight, bias, _ = make(6, 4, 96, device=device)
     bias[:40] = -math.inf  # the whole first panel among them
-    labels = torch.tensor([40, 95, 41, 60, 77, 50])
+    labels = torch.tensor([40, 95, 41, 60, 77, 50], device=device)
     tensors = {"hidden": hidden}
     expected, want = value_and_grads(plain, tensors, weight=weight, bias=bias, labels=labels)
     value, got = value_and_grads(
@@ -220,8 +222,8 @@ def test_words_that_a_bias_of_minus_infinity_forbids():
 
 
 @pytest.mark.parametrize("value", (math.nan, math.inf))
-def test_what_is_not_a_number_is_not_hidden(value):
-    hidden, weight, _, labels = make(6, 4, 96)
+def test_what_is_not_a_number_is_not_hidden(device, value):
+    hidden, weight, _, labels = make(6, 4, 96, device=device)
     hidden[1, 2] = value
     labels[1] = 5
     assert linear_cross_entropy(hidden, weight, labels, chunk_vocab=32).isnan()
@@ -230,8 +232,8 @@ def test_what_is_not_a_number_is_not_hidden(value):
 # --------------------------------------------------------------------------- ignored rows
 
 
-def test_ignored_rows_are_never_touched():
-    hidden, weight, _, labels = make(30, 8, 90)
+def test_ignored_rows_are_never_touched(device):
+    hidden, weight, _, labels = make(30, 8, 90, device=device)
     ignored = labels == -100
     poisoned = hidden.clone()
     poisoned[ignored] = math.nan
@@ -243,8 +245,8 @@ def test_ignored_rows_are_never_touched():
     torch.testing.assert_close(got["hidden"], want["hidden"])
 
 
-def test_another_ignore_index_and_leading_dimensions():
-    hidden, weight, _, labels = make(24, 8, 90)
+def test_another_ignore_index_and_leading_dimensions(device):
+    hidden, weight, _, labels = make(24, 8, 90, device=device)
     labels = torch.where(labels == -100, 7, labels)
     expected = plain(hidden, weight, labels, ignore_index=7)
     shaped = linear_cross_entropy(
@@ -254,8 +256,8 @@ def test_another_ignore_index_and_leading_dimensions():
 
 
 @pytest.mark.parametrize("function", (linear_cross_entropy, head_cross_entropy))
-def test_nothing_but_ignored_rows(function):
-    hidden, weight, _, labels = make(6, 4, 30)
+def test_nothing_but_ignored_rows(device, function):
+    hidden, weight, _, labels = make(6, 4, 30, device=device)
     labels.fill_(-100)
     head = weight if function is linear_cross_entropy else (lambda rows: rows @ weight.t())
     hidden.requires_grad_()
@@ -265,13 +267,13 @@ def test_nothing_but_ignored_rows(function):
     assert total == 0 and (hidden.grad == 0).all()
 
 
-def test_accumulated_batches_equal_one_at_unequal_lengths():
+def test_accumulated_batches_equal_one_at_unequal_lengths(device):
     """Each micro-batch is divided by the labels of all of them, not by its own."""
-    hidden, weight, _, labels = make(40, 8, 60, ignored=4)
+    hidden, weight, _, labels = make(40, 8, 60, ignored=4, device=device)
     count = (labels != -100).sum()
     expected, want = value_and_grads(plain, {"hidden": hidden}, weight=weight, labels=labels)
     leaf = hidden.clone().requires_grad_()
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for start, end in itertools.pairwise((0, 3, 21, 22, 40)):
         loss = linear_cross_entropy(leaf[start:end], weight, labels[start:end], num_items=count)
         loss.backward()
@@ -326,8 +328,8 @@ def test_a_trained_output_layer_holds_a_chunk_of_rows():
 # --------------------------------------------------------------------------- torch's machinery
 
 
-def test_no_grad_computes_no_gradient(monkeypatch):
-    hidden, weight, _, labels = make(10, 8, 60)
+def test_no_grad_computes_no_gradient(device, monkeypatch):
+    hidden, weight, _, labels = make(10, 8, 60, device=device)
     hidden.requires_grad_()
     added = []
     original = cross_entropy._Matmul.add
@@ -338,10 +340,10 @@ def test_no_grad_computes_no_gradient(monkeypatch):
     assert linear_cross_entropy(hidden, weight, labels).requires_grad and added
 
 
-def test_under_checkpointing_and_twice_backward():
+def test_under_checkpointing_and_twice_backward(device):
     from torch.utils.checkpoint import checkpoint
 
-    hidden, weight, _, labels = make(10, 8, 60)
+    hidden, weight, _, labels = make(10, 8, 60, device=device)
     _, want = value_and_grads(plain, {"hidden": hidden}, weight=weight, labels=labels)
     for reentrant in (False, True):
         leaf = hidden.clone().requires_grad_()
@@ -354,8 +356,8 @@ def test_under_checkpointing_and_twice_backward():
     torch.testing.assert_close(leaf.grad, 2 * want["hidden"])
 
 
-def test_a_second_derivative_is_refused_and_not_wrong():
-    hidden, weight, _, labels = make(4, 3, 20)
+def test_a_second_derivative_is_refused_and_not_wrong(device):
+    hidden, weight, _, labels = make(4, 3, 20, device=device)
     hidden.requires_grad_()
     loss = linear_cross_entropy(hidden, weight, labels)
     with pytest.raises(RuntimeError, match="no second ones"):
@@ -379,8 +381,8 @@ def test_under_autocast(weight_dtype):
 
 
 @pytest.mark.parametrize("wants", ((True, False, False), (True, True, True), (False,) * 3), ids=str)
-def test_opcheck(wants):
-    hidden, weight, bias, labels = make(6, 4, 30, torch.float32)
+def test_opcheck(device, wants):
+    hidden, weight, bias, labels = make(6, 4, 30, torch.float32, device=device)
     hidden.requires_grad_(wants[0])
     weight.requires_grad_(wants[1])
     bias.requires_grad_(wants[2])
@@ -391,8 +393,8 @@ def test_opcheck(wants):
 
 
 @pytest.mark.parametrize("trained", (False, True))
-def test_compiles_whole(trained):
-    hidden, weight, _, labels = make(12, 8, 60, torch.float32)
+def test_compiles_whole(device, trained):
+    hidden, weight, _, labels = make(12, 8, 60, torch.float32, device=device)
     weight.requires_grad_(trained)
     _, want = value_and_grads(plain, {"hidden": hidden}, weight=weight.detach(), labels=labels)
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
@@ -402,8 +404,8 @@ def test_compiles_whole(trained):
     assert (weight.grad is not None) == trained
 
 
-def test_the_same_bits_again():
-    hidden, weight, _, labels = make(300, 32, 3000, torch.float32)
+def test_the_same_bits_again(device):
+    hidden, weight, _, labels = make(300, 32, 3000, torch.float32, device=device)
     first = value_and_grads(linear_cross_entropy, {"hidden": hidden}, weight=weight, labels=labels)
     again = value_and_grads(linear_cross_entropy, {"hidden": hidden}, weight=weight, labels=labels)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1]["hidden"], again[1]["hidden"])
@@ -412,9 +414,12 @@ def test_the_same_bits_again():
 # --------------------------------------------------------------------------- any output layer
 
 
-def test_head_cross_entropy_trains_what_the_head_trains():
-    hidden, weight, bias, labels = make(50, 8, 40)
-    low, high = torch.randn(2, 8, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64)
+def test_head_cross_entropy_trains_what_the_head_trains(device):
+    hidden, weight, bias, labels = make(50, 8, 40, device=device)
+    low, high = (
+        torch.randn(2, 8, dtype=torch.float64, device=device),
+        torch.randn(40, 2, dtype=torch.float64, device=device),
+    )
 
     def adapted(loss, chunked):
         def total(hidden, low, high):
@@ -464,10 +469,12 @@ def test_refused(change, message):
 
 
 @pytest.mark.parametrize("label", (-1, 7, 10**6))
-def test_a_label_outside_the_vocabulary(label):
-    labels = torch.tensor([0, label, -100, 3])
+def test_a_label_outside_the_vocabulary(device, label):
+    labels = torch.tensor([0, label, -100, 3], device=device)
     with pytest.raises(IndexError, match=f"label {label} is outside the vocabulary of 7"):
-        linear_cross_entropy(torch.zeros(4, 3), torch.zeros(7, 3), labels)
+        linear_cross_entropy(
+            torch.zeros(4, 3, device=device), torch.zeros(7, 3, device=device), labels
+        )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
