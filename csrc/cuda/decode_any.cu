@@ -14,6 +14,8 @@
 // added up in fp32: |y - exact| <= (K + 80) 2^-24 sum |x w| + LoRA's as in decode_linear_mma.cu +
 // ulp(y) / 2. dx: code times scale in fp32, times dy: (N + 80) 2^-24 likewise. An identity matrix
 // gives the dequantized values exactly.
+#include <type_traits>
+
 #include "decode_common.cuh"
 
 namespace qlk::cuda {
@@ -128,8 +130,14 @@ cudaError_t launch(const Problem& p, int shared, cudaStream_t stream) {
   if (p.m <= 4)
     return nested ? launch<T, 4, ScaleKind::nested>(p, shared, stream)
                   : launch<T, 4, ScaleKind::fp32>(p, shared, stream);
-  return nested ? launch<T, kDecodeRows, ScaleKind::nested>(p, shared, stream)
-                : launch<T, kDecodeRows, ScaleKind::fp32>(p, shared, stream);
+  // More rows come from decode_mma's plans, where pointers turn out not to be aligned.
+  if constexpr (std::is_same_v<Problem, DecodeLinear>) {
+    if (p.m > kDecodeFewRows)
+      return nested ? launch<T, kDecodeRows, ScaleKind::nested>(p, shared, stream)
+                    : launch<T, kDecodeRows, ScaleKind::fp32>(p, shared, stream);
+  }
+  return nested ? launch<T, kDecodeFewRows, ScaleKind::nested>(p, shared, stream)
+                : launch<T, kDecodeFewRows, ScaleKind::fp32>(p, shared, stream);
 }
 
 template <class Problem>

@@ -23,7 +23,9 @@ struct Projected {
 // An element of S: its parts added in order, so that it is the same whoever asks.
 __device__ __forceinline__ float projected_at(const Projected& s, int i) {
   float sum = 0;
-  for (int part = 0; part < s.count; ++part) sum += __ldg(s.parts + part * s.rows * s.rank + i);
+  const float* from = s.parts + i;
+#pragma unroll 4
+  for (int part = 0; part < s.count; ++part, from += s.rows * s.rank) sum += __ldg(from);
   return sum;
 }
 
@@ -32,10 +34,12 @@ struct PlainS {
   float* first;
   int rank;
   __device__ __forceinline__ float* at(int m, int r) const { return first + m * rank + r; }
+  __device__ __forceinline__ float* element(int i) const { return first + i; }
 };
 struct GapS {  // kDecodeStagedRank / kGapFloats lines of a table's gaps a row
   void* table;
-  int line;
+  int line, rank;
+  __device__ __forceinline__ float* element(int i) const { return at(i / rank, i % rank); }
   __device__ __forceinline__ float* at(int m, int r) const {
     return table_gap(table, line + m * (kDecodeStagedRank / kGapFloats) + r / kGapFloats) +
            r % kGapFloats;
@@ -49,7 +53,7 @@ __device__ __forceinline__ void stage_projected(const Projected& s, const Place&
                                                 float* out) {
   for (int i = threadIdx.x; i < s.rows * s.rank; i += blockDim.x) {
     const float v = projected_at(s, i);
-    if (s.rank <= kDecodeStagedRank) *place.at(i / s.rank, i % s.rank) = v;
+    if (s.rank <= kDecodeStagedRank) *place.element(i) = v;
     if (out != nullptr && blockIdx.x == 0) out[i] = v;
   }
 }

@@ -1,4 +1,4 @@
-// The launchers of the decode kernels: at most 15 rows of x, forward and dx.
+// The launchers of the decode kernels: at most 32 rows of x, 16 of dy.
 //
 //   forward   [S = x A^T in parts]  y           one launch without LoRA, two with
 //   dx        [dS = dy B in parts]  dy W  dx    the last one adds up what CTAs share, and dS A
@@ -15,16 +15,17 @@ namespace {
 
 bool aligned(const void* pointer) { return is_aligned_16(reinterpret_cast<uint64_t>(pointer)); }
 
-bool supported(const Weight& w, const Plan& plan, int64_t m, int64_t rank) {
+bool supported(const Weight& w, const Plan& plan, Pass pass, int64_t m, int64_t rank) {
   return (plan.route == Route::decode_mma || plan.route == Route::decode_simt) && m >= 1 &&
-         m <= kDecodeRows && (w.kind == ScaleKind::fp32 || w.kind == ScaleKind::nested) &&
-         plan.tile_n >= 1 && plan.splits >= 1 && rank >= 0;
+         m <= decode_rows(plan.route, pass) &&
+         (w.kind == ScaleKind::fp32 || w.kind == ScaleKind::nested) && plan.tile_n >= 1 &&
+         plan.splits >= 1 && rank >= 0;
 }
 
 }  // namespace
 
 cudaError_t launch_decode_linear(const LinearProblem& p, const Plan& plan, cudaStream_t stream) {
-  if (!supported(p.w, plan, p.m, p.rank)) return cudaErrorInvalidConfiguration;
+  if (!supported(p.w, plan, Pass::forward, p.m, p.rank)) return cudaErrorInvalidConfiguration;
   const bool mma = plan.route == Route::decode_mma;
   if (mma && p.dtype == DType::f32) return cudaErrorInvalidConfiguration;
   const int m = static_cast<int>(p.m), rank = static_cast<int>(p.rank);
@@ -61,7 +62,7 @@ cudaError_t launch_decode_linear(const LinearProblem& p, const Plan& plan, cudaS
 
 cudaError_t launch_decode_input_grad(const InputGradProblem& p, const Plan& plan,
                                      cudaStream_t stream) {
-  if (!supported(p.w, plan, p.m, p.rank)) return cudaErrorInvalidConfiguration;
+  if (!supported(p.w, plan, Pass::input_grad, p.m, p.rank)) return cudaErrorInvalidConfiguration;
   const bool mma = plan.route == Route::decode_mma;
   if (mma && p.dtype == DType::f32) return cudaErrorInvalidConfiguration;
   const int m = static_cast<int>(p.m), rank = static_cast<int>(p.rank);

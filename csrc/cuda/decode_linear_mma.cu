@@ -1,8 +1,8 @@
-// y = x W^T + bias + scaling S B^T for 1 to 15 rows of x, on tensor cores. The weights are the
+// y = x W^T + bias + scaling S B^T for 1 to 32 rows of x, on tensor cores. The weights are the
 // matrix of 16 rows (of W) and x the one of 8 columns (rows of x), so that 8 weights cost one
 // instruction's share whatever m is; what is left to pay is turning 4 bits into a value.
 //
-//   grid    one CTA an SM, of 16 warps (12 for m > 8, for their registers). It has `rows`
+//   grid    one CTA an SM, of 16 warps (12 or 8 for m > 8, for their registers). It has `rows`
 //           consecutive rows of W and all of K. Rows are cut one by one, so SMs get the same number
 //           of bytes, nobody shares a row and nothing is summed across CTAs.
 //   CTA     passes of 64 rows. Its warps cut K into as many runs of pairs of blocks of 64 values.
@@ -47,7 +47,7 @@ namespace qlk::cuda {
 namespace {
 
 template <int kColumns>
-constexpr int kWarpsFor = kColumns > 1 ? kDecodeWideWarps : kDecodeWarps;
+constexpr int kWarpsFor = decode_linear_warps(8 * kColumns);
 constexpr int kTileRows = kDecodeTileRows;
 constexpr int kTiles = kDecodePassTiles;
 constexpr int kPassRows = kTiles * kTileRows;
@@ -73,12 +73,13 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kColumns>, 1) decode_linear(con
   float& code_unit = nested_code[kNestedCodeSize];
   const PlainS staged_s{nested_code + kDecodeCodeBytes / 4, p.s.rank};
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // From one lane, so that the compiler knows: a warp goes through all that follows together.
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
   const int first_row = blockIdx.x * p.rows;
   const int end_row = min(first_row + p.rows, static_cast<int>(p.w.n));
   // Pairs of blocks are the steps. Where a row has an odd number of blocks, the last pair is the
-  // last two, of which the first was the pair's before: it meets an x of zero.
+  // last two, of which the first was the pair's before: its sum is not added again.
   const int blocks = static_cast<int>(p.w.k / kDecodeChunk);
   const int steps = (blocks + 1) / kStep;
   const int first_step = steps * warp / kWarps, end_step = steps * (warp + 1) / kWarps;
@@ -129,6 +130,12 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kColumns>, 1) decode_linear(con
   __syncthreads();
   const PairTable<T> table(shared);
 
+  // Rows past x's last are read as that one, and what comes of them is not stored.
+  const T* x_row[kColumns];
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c)
+    x_row[c] = static_cast<const T*>(p.x) + min(g + 8 * c, p.m - 1) * p.w.k + 16 * t;
+
   for (int row = first_row; row < end_row; row += kPassRows) {
     const int tiles = min(kTiles, (end_row - row + kTileRows - 1) / kTileRows);
     FragC sum[kTiles][kColumns] = {};
@@ -137,23 +144,17 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kColumns>, 1) decode_linear(con
       // x of both blocks: row g (and g + 8), the lane's 16 values of each.
       uint32_t x[kColumns][kStep][8];
       const int block = block_of(step);
+      const bool first_again = block < step * kStep;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        const int m = g + 8 * c;
-        const uint4* const from =
-            reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) + m * p.w.k +
-                                           static_cast<int64_t>(block) * kDecodeChunk + 16 * t);
+        const uint4* const from = reinterpret_cast<const uint4*>(x_row[c] + block * kDecodeChunk);
 #pragma unroll
         for (int i = 0; i < kStep; ++i) {
-          uint4 v[2] = {};
-          if (m < p.m && block + i >= step * kStep) {
-            v[0] = __ldg(from + i * (kDecodeChunk / 8));
-            v[1] = __ldg(from + i * (kDecodeChunk / 8) + 1);
-          }
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            x[c][i][4 * h] = v[h].x, x[c][i][4 * h + 1] = v[h].y;
-            x[c][i][4 * h + 2] = v[h].z, x[c][i][4 * h + 3] = v[h].w;
+            const uint4 v = __ldg(from + i * (kDecodeChunk / 8) + h);
+            x[c][i][4 * h] = v.x, x[c][i][4 * h + 1] = v.y;
+            x[c][i][4 * h + 2] = v.z, x[c][i][4 * h + 3] = v.w;
           }
         }
       }
@@ -165,8 +166,9 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kColumns>, 1) decode_linear(con
             tile.scale.value([&](uint32_t byte) { return nested_code[byte]; }, offset);
         FragC part[kStep][kColumns] = {};
         auto scaled = [&](int i) {
-          const float scale = __shfl_sync(~0u, own, 4 * g + i);
-          const float scale_8 = __shfl_sync(~0u, own, 4 * g + 2 + i);
+          const float scale = __shfl_sync(~0u, own, i, 4);
+          const float scale_8 = __shfl_sync(~0u, own, 2 + i, 4);
+          if (i == 0 && first_again) return;
 #pragma unroll
           for (int c = 0; c < kColumns; ++c) {
             const FragC& add = part[i][c];
@@ -276,8 +278,14 @@ cudaError_t launch(const DecodeLinear& p, int shared, cudaStream_t stream) {
   if (p.m <= 8)
     return nested ? launch<T, 1, ScaleKind::nested>(p, shared, stream)
                   : launch<T, 1, ScaleKind::fp32>(p, shared, stream);
-  return nested ? launch<T, 2, ScaleKind::nested>(p, shared, stream)
-                : launch<T, 2, ScaleKind::fp32>(p, shared, stream);
+  if (p.m <= 16)
+    return nested ? launch<T, 2, ScaleKind::nested>(p, shared, stream)
+                  : launch<T, 2, ScaleKind::fp32>(p, shared, stream);
+  if (p.m <= 24)
+    return nested ? launch<T, 3, ScaleKind::nested>(p, shared, stream)
+                  : launch<T, 3, ScaleKind::fp32>(p, shared, stream);
+  return nested ? launch<T, 4, ScaleKind::nested>(p, shared, stream)
+                : launch<T, 4, ScaleKind::fp32>(p, shared, stream);
 }
 
 }  // namespace

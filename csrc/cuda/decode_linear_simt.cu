@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_linear(const DecodeLinear 
   auto sum_at = [&](int warp, int row, int m) {
     return gap(kSumsLine, (warp * kRows + m) * kWarpRows + row);
   };
-  const GapS staged_s{shared, kSLine};
+  const GapS staged_s{shared, kSLine, p.s.rank};
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first_row = blockIdx.x * p.rows;

@@ -17,18 +17,18 @@ constexpr int kFinishRows = 4;
 
 template <class T>
 __global__ void __launch_bounds__(kProjectThreads) decode_project(const Projection p) {
-  __shared__ float sums[kProjectThreads / 32][kDecodeRows];
+  __shared__ float sums[kProjectThreads / 32][kDecodeFewRows];
   const int r = blockIdx.x, part = blockIdx.y;
   const int64_t begin = p.length * part / p.parts, end = p.length * (part + 1) / p.parts;
-  float sum[kDecodeRows] = {};
+  float sum[kDecodeFewRows] = {};
   for (int64_t l = begin + threadIdx.x; l < end; l += kProjectThreads) {
     const float a = load_element(p.a, p.columns ? l * p.rank + r : r * p.length + l);
 #pragma unroll
-    for (int m = 0; m < kDecodeRows; ++m)
+    for (int m = 0; m < kDecodeFewRows; ++m)
       if (m < p.m) sum[m] = fmaf(a, to_float(static_cast<const T*>(p.x)[m * p.length + l]), sum[m]);
   }
 #pragma unroll
-  for (int m = 0; m < kDecodeRows; ++m) {
+  for (int m = 0; m < kDecodeFewRows; ++m) {
     for (int step = 16; step > 0; step /= 2) sum[m] += __shfl_xor_sync(~0u, sum[m], step);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32][m] = sum[m];
   }

@@ -1,4 +1,4 @@
-// S = x A^T, and dS = dy B, for up to 15 rows of x, on tensor cores: LoRA's narrow side of a decode
+// S = x A^T, and dS = dy B, for up to 32 rows of x, on tensor cores: LoRA's narrow side of a decode
 // step.
 //
 //   grid   (tiles of 16 of rank, parts of the contraction). S is left as its parts, fp32, and
@@ -85,8 +85,10 @@ void launch(const Projection& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(p.rank, kTile)), p.parts);
   if (p.m <= 8)
     decode_project_tiles<T, 1><<<grid, kThreads, 0, stream>>>(p);
-  else
+  else if (p.m <= 16)
     decode_project_tiles<T, 2><<<grid, kThreads, 0, stream>>>(p);
+  else
+    decode_project_tiles<T, 4><<<grid, kThreads, 0, stream>>>(p);
 }
 
 }  // namespace

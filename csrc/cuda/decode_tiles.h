@@ -18,17 +18,18 @@
 
 namespace qlk::cuda {
 
-constexpr int kDecodeRows = 15;       // of x, at most
-constexpr int kDecodeSimtRows = 3;    // that the fp32 kernel keeps in registers
-constexpr int kDecodeWarps = 16;      // a CTA; one CTA a multiprocessor
-constexpr int kDecodeWideWarps = 12;  // decode_mma, forward, m > 8
-constexpr int decode_linear_warps(int64_t m) { return m > 8 ? kDecodeWideWarps : kDecodeWarps; }
+constexpr int kDecodeRows = 32;     // of x, at most: decode_mma, forward
+constexpr int kDecodeFewRows = 16;  // and everything else
+constexpr int kDecodeSimtRows = 3;  // that the fp32 kernel keeps in registers
+constexpr int kDecodeWarps = 16;    // a CTA; one CTA a multiprocessor
+// decode_mma, forward: fewer for more rows, for their registers.
+constexpr int decode_linear_warps(int64_t m) { return m > 16 ? 8 : m > 8 ? 12 : kDecodeWarps; }
 constexpr int kDecodeChunk = 64;     // values of a row of W that four lanes hold
 constexpr int kDecodeTileRows = 16;  // of W in a matrix instruction
 constexpr int kDecodePassTiles = 4;  // whose sums a warp holds
 constexpr int kDecodeBand = 128;     // columns of dx a CTA has at a time
 constexpr int kDecodeSimtBand = 256;
-constexpr int kDecodeRegisters = 168;   // 128 with 16 warps
+constexpr int kDecodeRegisters = 255;   // a thread may have; what the warps leave it, 128 with 16
 constexpr int kDecodeStagedRank = 256;  // up to here S lies in shared memory
 
 constexpr int kDecodeTableBytes = 64 << 10;       // the codebook's pairs; sums lie in its gaps
@@ -85,9 +86,13 @@ constexpr int64_t decode_workspace_bytes(const Plan& p, const Shape& s) {
   return decode_workspace(s.pass, s.m, s.n, s.k, s.rank, s.s_given, p.splits).bytes;
 }
 
+constexpr int decode_rows(Route route, Pass pass) {
+  return route == Route::decode_mma && pass == Pass::forward ? kDecodeRows : kDecodeFewRows;
+}
+
 constexpr bool decode_compiled(const Plan& p, const Shape& s) {
   if (p.route != Route::decode_mma && p.route != Route::decode_simt) return false;
-  if (s.m < 1 || s.m > kDecodeRows || p.tile_n < 1 || p.splits < 1) return false;
+  if (s.m < 1 || s.m > decode_rows(p.route, s.pass) || p.tile_n < 1 || p.splits < 1) return false;
   if (s.scales != ScaleKind::fp32 && s.scales != ScaleKind::nested) return false;
   return p.route == Route::decode_simt || s.dtype != DType::f32;
 }
@@ -96,7 +101,7 @@ constexpr bool decode_compiled(const Plan& p, const Shape& s) {
 constexpr Plan decode_plan(Route route, const Shape& s, int sms) {
   Plan p{};
   p.route = route;
-  p.tile_m = s.m > 8 ? 16 : 8;
+  p.tile_m = static_cast<int>(ceil_div(s.m, 8)) * 8;
   p.warps = route == Route::decode_mma && s.pass == Pass::forward ? decode_linear_warps(s.m)
                                                                   : kDecodeWarps;
   p.stages = 1;
