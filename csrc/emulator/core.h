@@ -218,6 +218,7 @@ struct Warp {
   char* registers = nullptr;
   u32* pred = nullptr;
   u32* taint = nullptr;
+  u32* known = nullptr;  // of each of `taint`, four words: its bytes that are defined all the same
   char* local = nullptr;
   u8* local_state = nullptr;
   u32 carry = 0;
@@ -272,7 +273,7 @@ struct ThreadBlock {
   std::vector<SharedRecord> records;
   std::vector<char> registers, locals;
   std::vector<u8> local_states;
-  std::vector<u32> preds, taints;
+  std::vector<u32> preds, taints, knowns;
   std::vector<char> shared_memory;
   std::vector<u8> shared_states;
   Barrier barrier[16];

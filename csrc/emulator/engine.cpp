@@ -187,6 +187,7 @@ struct Engine {
     b.preds.assign(size_t(p.n_pred) * n + 1, 0);
     if (p.has_taint) {
       b.taints.assign(taint * n, 0);
+      b.knowns.assign(4 * taint * n, 0);
       for (u32 w = 0; w < n; w++)
         for (s32 k = 0; k < p.n_taint_init; k++)
           b.taints[w * taint + size_t(p.taint_init[k])] = kFull;
@@ -221,6 +222,7 @@ struct Engine {
       w.registers = registers + size_t(p.register_bytes) * k;
       w.pred = b.preds.data() + size_t(p.n_pred) * k;
       w.taint = p.has_taint ? b.taints.data() + taint * k : nullptr;
+      w.known = p.has_taint ? b.knowns.data() + 4 * taint * k : nullptr;
       w.local = p.local_bytes ? b.locals.data() + size_t(p.local_bytes) * 32 * k : nullptr;
       w.local_state =
           b.local_states.empty() ? nullptr : b.local_states.data() + size_t(p.local_bytes) * 32 * k;
@@ -467,7 +469,13 @@ struct Engine {
         wake(b);
       }
       if (!w.live) return false;
-      if (m.launch.budget && m.executed > m.launch.budget) {
+      if (m.executed > m.alarm) [[unlikely]] {
+        if (m.alarm < m.launch.budget) {
+          half_time();
+          continue;
+        }
+        for (s32 q = 0; q < p.n_block; q++)
+          m.launch.late[q] = m.entries[size_t(q)] != m.entries_at_half[size_t(q)];
         Inst i{};
         i.id = m.inst[block.first].id;
         m.report(c, i, kBudget, lowest(active));
@@ -481,6 +489,13 @@ struct Engine {
   void finish_lanes(Ctx& c, Warp& w, size_t at, u32 mask) {
     w.split.erase(w.split.begin() + s64(at));
     exit_lanes(c, mask);
+  }
+
+  // Half of the budget is spent: blocks that are entered from here on are where a kernel loops that
+  // spends the other half, too.
+  void half_time() {
+    m.entries_at_half = m.entries;
+    m.alarm = m.launch.budget;
   }
 
   void taint_guard(Ctx& c, const Inst& i) {
@@ -526,6 +541,8 @@ struct Engine {
     m.fn.resize(size_t(p.n_inst));
     for (s32 k = 0; k < p.n_inst; k++) m.fn[size_t(k)] = ops[p.inst[k].op].fn;
     m.entries.assign(size_t(p.n_block), 0);
+    m.entries_at_half = m.entries;
+    m.alarm = g.budget ? g.budget / 2 : ~0ull;
     m.lanes.assign(size_t(p.n_block), 0);
     m.region_hint.assign(size_t(p.n_rows) + 1, 0);
     m.pages.resize(g.n_regions);

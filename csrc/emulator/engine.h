@@ -147,6 +147,7 @@ struct Launch {
   u32 shared_total, max_resident;     // the device's limit on blocks at once
   u64 seed;
   u64 budget;   // warp instructions, 0: none
+  u8* late;     // a byte for each basic block: entered after half of a budget that was exceeded
   u32 quantum;  // most basic blocks a warp runs at a stretch
   u32 cooperative;
   const u32* block_list;  // blocks to run, or null for all

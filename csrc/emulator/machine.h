@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops_float.h"
+#include "ops_integer.h"
 
 namespace emu::EMU_ISA {
 
@@ -58,6 +59,8 @@ struct Machine {
   std::unordered_map<u64, std::shared_ptr<const Foreign>> locations;
   std::unordered_map<u64, u64> reported;
   SmallSet set, set2;
+  u64 alarm = ~0ull;  // instructions at which half, then all of the budget is spent
+  std::vector<u64> entries_at_half;
   const Inst* inst;       // what runs: program.inst, or program.followed once that matters
   bool suspects = false;  // shared memory was read that nobody had written
   bool woken = false;     // a barrier let warps go on
@@ -503,6 +506,11 @@ struct Machine {
 // computed from it. Only what matters is reported: a branch or a guard of a memory access, an
 // address, or a value written to global memory. The description in the operand lists is
 // [kind, destinations, d..., sources, s...].
+//
+// Arrays of bytes and halves live in registers, filled part by part: `and` a hole into what is not
+// defined yet, `or` a byte into the hole. So a register with its bit set also knows which of its
+// bytes are defined (Warp::known). Operations that move bits about keep track of that
+// (kTaintBytes); for all others a register is undefined as a whole.
 
 enum TaintKind : s32 {
   kTaintMerge = 0,
@@ -512,8 +520,127 @@ enum TaintKind : s32 {
   kTaintWarp = 4,
   kTaintShuffle = 5,
   kTaintAccumulate = 6,
-  kTaintHalves = 7
+  kTaintHalves = 7,
+  kTaintBytes = 8
 };
+
+// What a kTaintBytes does; decode.py has the same names.
+enum ByteOp : s32 {
+  kByteLogic = 0,
+  kByteShl,
+  kByteShr,
+  kByteSar,
+  kBytePermute,
+  kByteInsert,
+  kByteField,
+  kByteFieldSigned,
+  kBytePack,
+  kByteExtract,
+  kByteCarry
+};
+
+inline void forget_bytes(Warp& w, s32 k) { std::memset(w.known + 4 * k, 0, 4 * sizeof(u32)); }
+
+// Lanes in which one of the first `bytes` bytes of a register is undefined.
+inline u32 undefined_lanes(const Warp& w, s32 k, u32 bytes) {
+  u32 known = bytes < 4 ? kFull : 0;
+  for (u32 b = 0; b < bytes && bytes < 4; b++) known &= w.known[4 * k + s32(b)];
+  return w.taint[k] & ~known;
+}
+
+// The undefined bits of one lane's register.
+inline u64 undefined_bits(const Warp& w, s32 k, int lane) {
+  if (k < 0 || !(w.taint[k] >> lane & 1)) return 0;
+  u64 r = 0;
+  for (int b = 0; b < 4; b++)
+    if (!(w.known[4 * k + b] >> lane & 1)) r |= 0xffull << (8 * b);
+  return r;
+}
+
+// A bit of a table's result is undefined if the undefined bits among its inputs can change it.
+inline u64 undefined_logic(u32 table, const u64* u, const u64* x) {
+  u64 zero = 0, one = 0;
+  for (int k = 0; k < 8; k++) {
+    u64 can = ((k & 4 ? x[0] : ~x[0]) | u[0]) & ((k & 2 ? x[1] : ~x[1]) | u[1]) &
+              ((k & 1 ? x[2] : ~x[2]) | u[2]);
+    ((table >> k) & 1 ? one : zero) |= can;
+  }
+  return zero & one;
+}
+
+// u: undefined bits of the operands, x: their values, n: shift amounts, positions, selectors.
+inline u64 undefined_result(const Inst& i, s32 what, u32 table, bool wide, const u64* u,
+                            const u64* x, const u32* n) {
+  switch (what) {
+    case kByteLogic:
+      return undefined_logic(table, u, x);
+    case kByteShl:
+      return wide ? shl<u64>(u[0], n[0]) : shl<u32>(u32(u[0]), n[0]);
+    case kByteShr:
+      return wide ? shr<u64>(u[0], n[0]) : shr<u32>(u32(u[0]), n[0]);
+    case kByteSar:
+      return wide ? u64(shr<s64>(s64(u[0]), n[0])) : u32(shr<s32>(s32(u[0]), n[0]));
+    case kBytePermute:
+      return prmt(u32(u[0]), u32(u[1]), n[0]);
+    case kByteInsert:
+      return wide ? bfi<u64>(u[0], u[1], n[0], n[1]) : bfi<u32>(u32(u[0]), u32(u[1]), n[0], n[1]);
+    case kByteField:
+      return wide ? bfe<u64>(u[0], n[0], n[1]) : bfe<u32>(u32(u[0]), n[0], n[1]);
+    case kByteFieldSigned:
+      return wide ? u64(bfe<s64>(s64(u[0]), n[0], n[1])) : u32(bfe<s32>(s32(u[0]), n[0], n[1]));
+    case kBytePack:  // of two registers with so many bits each
+      return (u[0] & ((1ull << table) - 1)) | u[1] << table;
+    case kByteExtract:
+      return (u[0] >> i.imm) & u64(i.imm2);
+    default: {  // a carry goes upwards
+      u64 some = u[0] | u[1] | u[2];
+      return some | (0 - some);
+    }
+  }
+}
+
+// Sources: low and high word of three operands, then of two amounts the one word. What follows:
+// the operation, its width in bits, its table, the first of `o` that is an amount.
+inline void taint_bytes(Ctx& c, const Inst& i, const s32* dst, s32 nd, const s32* s, u32 doubt) {
+  Warp& w = *c.warp;
+  const s32 what = s[8], width = s[9], table = s[10], amount = s[11];
+  const bool wide = width == 64;
+  const u64 keep = wide ? ~0ull : (1ull << width) - 1;
+  u32 some = 0;
+  for (s32 k = 0; k < 8; k++)
+    if (s[k] >= 0) some |= w.taint[s[k]];
+  some &= c.mask;
+  u64 r[32] = {};
+  for (u32 m = some; m; m &= m - 1) {
+    const int l = lowest(m);
+    u64 u[3], x[3] = {};
+    u32 n[2] = {};
+    for (int k = 0; k < 3; k++) {
+      u[k] = undefined_bits(w, s[2 * k], l) | undefined_bits(w, s[2 * k + 1], l) << 32;
+      if (what != kBytePack && what != kByteExtract) u[k] &= keep;
+      if (what == kByteLogic && i.o[k + 1] != -1)
+        x[k] = wide ? reg<u64>(c, i.o[k + 1])[l] : reg<u32>(c, i.o[k + 1])[l];
+    }
+    for (int k = 0; k < 2 && amount + k < 6; k++)
+      if (i.o[amount + k] != -1) n[k] = reg<u32>(c, i.o[amount + k])[l];
+    r[l] = undefined_bits(w, s[6], l) | undefined_bits(w, s[7], l)
+               ? keep
+               : undefined_result(i, what, u32(table), wide, u, x, n) & keep;
+  }
+  for (s32 k = 0; k < nd; k++) {
+    if (dst[k] < 0) continue;
+    u32 bits[4] = {};
+    for (u32 m = some; m; m &= m - 1) {
+      const int l = lowest(m);
+      for (int b = 0; b < 4; b++) bits[b] |= u32(((r[l] >> (32 * k + 8 * b)) & 0xff) != 0) << l;
+    }
+    w.taint[dst[k]] = (w.taint[dst[k]] & ~c.mask) | bits[0] | bits[1] | bits[2] | bits[3] | doubt;
+    for (int b = 0; b < 4; b++) {
+      u32& known = w.known[4 * dst[k] + b];
+      known = ((known & ~c.mask) | (~bits[b] & c.mask)) & ~doubt;
+    }
+  }
+}
 
 inline void taint_step(Ctx& c, const Inst& i) {
   const s32* d = c.machine->program.lists + i.taint;
@@ -524,7 +651,13 @@ inline void taint_step(Ctx& c, const Inst& i) {
   s32 ns = *d++;
   u32 bits = 0;
   if (kind == kTaintShuffle) return;  // op_shfl moves the bits along with the values
-  if (kind == kTaintAccumulate) {     // wgmma: D counts only if it is added to
+  if (kind == kTaintBytes) {
+    u32 doubt = i.guard >= 0 ? t[c.machine->program.register_bytes / 128 + i.guard] & c.active : 0;
+    return taint_bytes(c, i, dst, nd, d, doubt);
+  }
+  for (s32 k = 0; k < nd; k++)
+    if (dst[k] >= 0 && kind != kTaintSelect) forget_bytes(*c.warp, dst[k]);
+  if (kind == kTaintAccumulate) {  // wgmma: D counts only if it is added to
     for (s32 k = 0; k < ns; k++) bits |= t[d[k]];
     u32 keep = get_pred(c, i.o[3]) ^ (i.imm & 0x10000 ? kFull : 0);
     for (s32 k = 0; k < nd; k++) t[dst[k]] = (t[dst[k]] & (keep | ~c.mask)) | (bits & c.mask);
@@ -541,6 +674,16 @@ inline void taint_step(Ctx& c, const Inst& i) {
       const u32 p = get_pred(c, i.o[3]) ^ (i.imm ? kFull : 0);
       half[0] = (p & at(0)) | (~p & at(1)) | at(2);
       if (ns > 3) half[1] = (p & at(3)) | (~p & at(4)) | at(2);
+      for (s32 k = 0; k < nd; k++) {
+        if (dst[k] < 0) continue;
+        const s32 a = d[3 * k], b = d[3 * k + 1];  // bytes go along with the value
+        for (int q = 0; q < 4; q++) {
+          u32 of_a = a < 0 ? kFull : ~t[a] | c.warp->known[4 * a + q];
+          u32 of_b = b < 0 ? kFull : ~t[b] | c.warp->known[4 * b + q];
+          u32& known = c.warp->known[4 * dst[k] + q];
+          known = ((known & ~c.mask) | (((p & of_a) | (~p & of_b)) & ~at(2) & c.mask)) & ~doubt;
+        }
+      }
     }
     for (s32 k = 0; k < nd; k++)
       if (dst[k] >= 0) t[dst[k]] = (t[dst[k]] & ~c.mask) | (half[k & 1] & c.mask) | doubt;

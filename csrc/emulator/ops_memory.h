@@ -17,10 +17,11 @@ inline void addresses(Ctx& c, const Inst& i, s32 o, u64* a) {
 }
 
 // Lanes whose address register, guard or (written to global memory) value is undefined.
-inline void check_defined(Ctx& c, const Inst& i, const s32* taint, s32 n) {
+// Of a value, the third entry and the following, only the bytes that are written.
+inline void check_defined(Ctx& c, const Inst& i, const s32* taint, s32 n, u32 bytes = 4) {
   for (s32 k = 0; k < n; k++) {
     if (taint[k] < 0) continue;
-    u32 bad = c.warp->taint[taint[k]] & c.mask;
+    u32 bad = undefined_lanes(*c.warp, taint[k], k < 2 ? 4 : bytes) & c.mask;
     if (bad) {
       if (Report* r = c.machine->report(c, i, kUninitRegister, lowest(bad))) r->extra = u64(k);
       return;
@@ -337,9 +338,11 @@ int op_ld(Ctx& c, const Inst& i) {
       TaintView v = taint_view(c, f);  // an entry a destination, two for 64 bits
       constexpr u32 per = sizeof(S) / 4;
       for (s32 k = 0; k < v.nd; k++)
-        if (v.d[k] >= 0)
+        if (v.d[k] >= 0) {
+          forget_bytes(*c.warp, v.d[k]);
           c.warp->taint[v.d[k]] |= a.words[(u32(k) / per * sizeof(T) + u32(k) % per * 4) / 4 %
                                            (sizeof(T) * n > 4 ? 8 : 1)];
+        }
     }
   });
   return kGo;
@@ -353,12 +356,13 @@ int op_st(Ctx& c, const Inst& i) {
   if (i.flags & kTaint) {
     TaintView v = taint_view(c, i);
     bool global = ((i.imm2 >> 1) & 3) == 0;
-    check_defined(c, i, v.s, global ? v.ns : 2);
+    check_defined(c, i, v.s, global ? v.ns : 2, sizeof(T));
     if (!global) {
       constexpr u32 per = sizeof(Slot<S>) / 4;  // entries a value
       for (s32 k = 2; k < v.ns; k++)
         if (v.s[k] >= 0) {
-          words[(u32(k - 2) / per * sizeof(T) + u32(k - 2) % per * 4) / 4] |= c.warp->taint[v.s[k]];
+          words[(u32(k - 2) / per * sizeof(T) + u32(k - 2) % per * 4) / 4] |=
+              undefined_lanes(*c.warp, v.s[k], sizeof(T));
           undefined = words;
         }
     }
@@ -698,7 +702,10 @@ int op_matrix(Ctx& c, const Inst& i) {
           for (int word = 0; word < 4; word++)  // columns 2 word and the next
             if ((out.words[word] >> (8 * k + row)) & 1)
               bits |= trans ? 0x11u << (row / 2 + 8 * word) : 1u << (4 * row + word);
-        if (v.d[k] >= 0) c.warp->taint[v.d[k]] |= bits;
+        if (v.d[k] >= 0) {
+          forget_bytes(*c.warp, v.d[k]);
+          c.warp->taint[v.d[k]] |= bits;
+        }
       }
     }
   }

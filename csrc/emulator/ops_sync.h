@@ -75,6 +75,7 @@ int op_shfl(Ctx& c, const Inst& i) {
     u32 old = c.warp->taint[v.s[0]], now = 0;
     for (int l = 0; l < 32; l++) now |= ((old >> (from_[l] & 31)) & 1) << l;
     for (s32 k = 0; k < v.nd; k++) {
+      forget_bytes(*c.warp, v.d[k]);
       u32& d = c.warp->taint[v.d[k]];
       d = (d & ~c.mask) | (k == 0 ? now & c.mask : 0);
     }

@@ -961,10 +961,12 @@ def taint(e: Emitted, r: Any, doubtful: set[str], halves: Any, lists: list[int])
         if len(to) == 2:
             of += [one(a, 1), one(b, 1)]
         say(1, to, of)
-    elif e.op == "pack.64":  # a 64-bit register's halves are undefined apart from each other
-        say(7, [one(e.defs[0], 0), one(e.defs[0], 1)], [one(e.o[1]), one(e.o[2])])
-    elif e.op == "extract.64":
-        say(7, [one(e.defs[0])], [one(e.o[1], int(e.imm >= 32))])
+    elif (how := bytewise(e)) is not None:
+        words = [one(x, half) if half < width(x) else -1 for x in how.data for half in (0, 1)]
+        words += [-1] * (6 - len(words))
+        of = [*words, *([one(x) for x in how.amounts] + [-1, -1])[:2]]
+        to = [one(e.defs[0], half) for half in range(len(halves(e.defs[0])))]
+        say(8, to, of, (how.what, how.bits, how.table, 1 + len(how.data)))
     elif "f32x2" in e.op:
         of = [one(x, half) for x in e.o[1:4] for half in (0, 1)]
         say(7, [one(e.defs[0], 0), one(e.defs[0], 1)], of)
@@ -982,6 +984,61 @@ def taint(e: Emitted, r: Any, doubtful: set[str], halves: Any, lists: list[int])
         say(4, indices(targets), indices(sources))
     else:
         say(0, indices(targets), indices(sources))
+
+
+@dataclass
+class _Bytewise:
+    """An operation that moves bits about, so that of what is undefined some bytes may be left."""
+
+    what: int  # machine.h's ByteOp
+    bits: int  # of the result
+    table: int
+    data: list[Any]
+    amounts: list[Any]
+
+
+def bytewise(e: Emitted) -> _Bytewise | None:
+    """How machine.h's taint_bytes is to follow an instruction, or None: as a whole."""
+    logic, shl, shr, sar, permute, insert, extract_u, extract_s, pack, extract, carry = range(11)
+    name, _, kind = e.op.rpartition(".")
+    bits = int(kind[1:]) if re.fullmatch(r"[usb](16|32|64)", kind) else 0
+    o = e.o
+
+    def of(what: int, data: int, amounts: int = 0, width: int = bits, table: int = 0) -> _Bytewise:
+        return _Bytewise(what, width, table, o[1 : 1 + data], o[1 + data : 1 + data + amounts])
+
+    tables = {"and": (0xC0, 2), "or": (0xFC, 2), "xor": (0x3C, 2), "not": (0x0F, 1)}
+    if name in tables and bits:
+        table, n = tables[name]
+        return of(logic, n, table=table)
+    if e.op in ("mov.32", "mov.64"):
+        return of(logic, 1, width=int(kind), table=0xF0)
+    if e.op == "lop3.b32":
+        return of(logic, 3, table=e.imm & 255)
+    if name in ("shl", "shr") and not (kind == "s16"):
+        return of({"b": shl, "u": shr, "s": sar}[kind[0]], 1, 1)
+    if e.op == "prmt.b32":
+        return of(permute, 2, 1)
+    if name == "bfi":
+        return of(insert, 2, 2)
+    if name == "bfe":
+        return of(extract_s if kind[0] == "s" else extract_u, 1, 2)
+    if e.op in ("pack.32", "pack.64"):
+        return of(pack, 2, width=int(kind), table=int(kind) // 2)
+    if e.op in ("extract.32", "extract.64"):
+        return of(extract, 1, width=32)
+    if name in ("add", "sub", "mul.lo") and bits:
+        return of(carry, 2)
+    if name == "mad.lo" and bits:
+        return of(carry, 3)
+    if name == "mul.wide" and bits:
+        return of(carry, 2, width=2 * bits)
+    convert = re.fullmatch(r"cvt\.[us](8|16|32|64)\.([us])(8|16|32|64)", e.op)
+    if convert:
+        to, frm = int(convert[1]), int(convert[3])
+        if to <= frm or convert[2] == "u":
+            return of(logic, 1, width=min(to, frm), table=0xF0)
+    return None
 
 
 def is_identifier(name: str) -> bool:

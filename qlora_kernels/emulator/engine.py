@@ -70,6 +70,7 @@ class Launch(ctypes.Structure):
         ("max_resident", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
         ("budget", ctypes.c_uint64),
+        ("late", ctypes.c_void_p),
         ("quantum", ctypes.c_uint32),
         ("cooperative", ctypes.c_uint32),
         ("block_list", ctypes.c_void_p),

@@ -837,6 +837,8 @@ def launch(
             raise LaunchError(f"blocks={list(blocks)[:4]}...: the grid has {n_blocks}")
         g.block_list, g.n_blocks = chosen.ctypes.data, len(chosen)
     g.counts, g.reports, g.max_reports = counts.ctypes.data, reports.ctypes.data, max_reports
+    late = np.zeros(max(1, len(program.block)), np.uint8)
+    g.late = late.ctypes.data
     g.print, g.print_size = ctypes.addressof(text), len(text)
     start = time.perf_counter()
     engine.library().emu_launch(ctypes.byref(p), ctypes.byref(g))
@@ -876,7 +878,7 @@ def launch(
     for name in ("sectors_read", "sectors_written", "distinct_read", "distinct_written"):
         totals[name] = sum(m.get(name, 0) for m in moved)
     found = [
-        _explain(kernel, r, rows, everything, grid3, block3, program)
+        _explain(kernel, r, rows, everything, grid3, block3, program, late)
         for r in reports[: g.n_reports]
         # shared memory that was read without having been written, to no effect
         if not (r["kind"] == KINDS.index("uninitialised shared memory read") and r["extra"])
@@ -896,6 +898,61 @@ def _bits(words: np.ndarray) -> int:
     return int(np.unpackbits(words.view(np.uint8)).sum())
 
 
+def _loop(program: Any, late: np.ndarray, row: int) -> list[int]:
+    """Rows of the loop around ``row`` in which a launch spent the second half of its budget, or
+    none: ``late`` tells which basic blocks were entered then, so an outer loop counts if it went
+    round, and not if its inner one never ended."""
+    bra, brx = engine.op_ids()["bra"], engine.op_ids()["brx"]
+    edges: dict[int, set[int]] = {}
+    start = -1
+    for n, b in enumerate(program.block):
+        edges[n] = {int(b["next"])} if b["next"] >= 0 else set()
+        for i in program.inst[b["first"] : b["last"]]:
+            if i["op"] == bra:
+                edges[n].add(int(i["imm"]))
+            elif i["op"] == brx:
+                edges[n].update(int(t) for t in program.lists[i["list"] : i["list"] + i["n"]])
+            if i["id"] == row and start < 0 and late[n]:
+                start = n
+
+    def reached(graph: dict[int, set[int]]) -> set[int]:
+        out: set[int] = set()
+        todo = list(graph.get(start, ()))
+        while todo:
+            n = todo.pop()
+            if n not in out and late[n]:
+                out.add(n)
+                todo += graph.get(n, ())
+        return out
+
+    back: dict[int, set[int]] = {}
+    for n, targets in edges.items():
+        for t in targets:
+            back.setdefault(t, set()).add(n)
+    loop = reached(edges) & reached(back)
+    return sorted(
+        {
+            int(i["id"])
+            for n in loop
+            for i in program.inst[program.block[n]["first"] : program.block[n]["last"]]
+        }
+    )
+
+
+def _extent(rows: list[Row], loop: list[int]) -> str:
+    """``PTX lines 12 to 40, lines 5 to 9 of k.cu``."""
+
+    def lines(numbers: Iterable[int]) -> str:
+        first, last = min(some := list(numbers)), max(some)
+        return f"line {first}" if first == last else f"lines {first} to {last}"
+
+    text = f"PTX {lines(rows[k].ptx_line for k in loop)}"
+    places = [place.outermost for k in loop if (place := rows[k].loc) is not None]
+    for file in dict.fromkeys(p.file for p in places):
+        text += f", {lines(p.line for p in places if p.file == file)} of {file}"
+    return text
+
+
 def _explain(
     kernel: Kernel,
     r: Any,
@@ -904,6 +961,7 @@ def _explain(
     grid: Sequence[int],
     block: Sequence[int],
     program: Any,
+    late: np.ndarray,
 ) -> Report:
     row = rows[int(r["inst"])]
     code, address, size, space = int(r["kind"]), int(r["address"]), int(r["size"]), int(r["space"])
@@ -1032,7 +1090,9 @@ def _explain(
             else "not all lanes of the warp are here"
         )
     elif code == 17:
-        message = "the kernel was still running after its budget of instructions; it was here"
+        message = "the kernel was still running after its budget of instructions"
+        loop = _loop(program, late, int(r["inst"]))
+        message += f", in the loop of {_extent(rows, loop)}" if loop else "; it was here"
     elif code == 19:
         message = f"a row's address ({place}) is not a multiple of 16"
     elif code == 20:

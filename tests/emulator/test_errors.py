@@ -171,6 +171,68 @@ def test_a_kernel_that_never_ends_says_where_it_loops() -> None:
     assert caught.value.result.reports[0].ptx_text == "L: bra L;"
 
 
+LOOPS = """
+.reg .b32 %r<4>; .reg .pred %p<4>; .reg .b64 %rd<2>;
+.file 1 "/src" "loops.cu"
+mov.u32 %r1, 0;
+OUTER:
+.loc 1 10 0
+mov.u32 %r2, 0;
+INNER:
+.loc 1 12 0
+add.u32 %r2, %r2, {step};
+.loc 1 13 0
+setp.lt.u32 %p1, %r2, 4;
+@%p1 bra INNER;
+.loc 1 20 0
+add.u32 %r1, %r1, 1;
+setp.ne.u32 %p2, %r1, {rounds};
+@%p2 bra OUTER;
+ret;"""
+
+
+@pytest.mark.parametrize(
+    "step,rounds,extent",
+    [
+        (1, 0, "in the loop of PTX lines 13 to 23, lines 10 to 20 of /src/loops.cu"),
+        (0, 9, "in the loop of PTX lines 16 to 19, lines 12 to 13 of /src/loops.cu"),
+    ],
+)
+def test_of_two_loops_the_one_is_named_that_does_not_end(
+    step: int, rounds: int, extent: str
+) -> None:
+    """The inner loop of an endless outer one is only a part of it, and the reverse."""
+    text = kernel_text(LOOPS.format(step=step, rounds=rounds), "")
+    with pytest.raises(KernelError, match="budget exceeded") as caught:
+        emulate(Module.from_ptx(text), 1, 64, [], budget=10000)
+    assert extent in caught.value.result.reports[0].message
+
+
+def test_a_budget_too_small_for_code_without_a_loop_names_none() -> None:
+    text = kernel_text(".reg .b32 %r<2>;" + "mov.u32 %r1, %tid.x;\nbar.sync 0;\n" * 50 + "ret;", "")
+    with pytest.raises(KernelError, match="budget exceeded") as caught:
+        emulate(Module.from_ptx(text), 1, 64, [], budget=50)
+    message = caught.value.result.reports[0].message
+    assert "it was here" in message and "loop" not in message
+
+
+@pytest.mark.parametrize(
+    "declared,name",
+    [
+        ('.file 1 "/src/k.cu"', "/src/k.cu"),
+        ('.file 1 "/src" "k.cu"', "/src/k.cu"),
+        ('.file 1 "/src" "/else/k.cu"', "/else/k.cu"),
+        ('.file 1 "/src/k.cu", 1699999999, 1234', "/src/k.cu"),
+    ],
+)
+def test_source_files_by_one_string_or_by_folder_and_name(declared: str, name: str) -> None:
+    text = kernel_text(".loc 1 7 0\nL: bra L;", "", extra=declared)
+    with pytest.raises(KernelError) as caught:
+        emulate(Module.from_ptx(text), 1, 32, [], budget=1000)
+    (report,) = caught.value.result.reports
+    assert (report.loc.file, report.line) == (name, 7)
+
+
 def test_a_target_that_nvcc_does_not_know() -> None:
     missing = toolchain.available("nvcc")
     if missing:

@@ -482,3 +482,79 @@ def test_undefined_lanes_that_do_not_matter_are_silent() -> None:
     assert y.tolist() == [1] * 20 + [0] * 12
     with pytest.raises(KernelError, match="never written"):
         out(body.replace("@%p1 st", "st"))
+
+
+FILL = {  # byte 1 is left out: of a register that nothing wrote, by each way of putting bytes in
+    "and or": "and.b32 %r1, %r1, 0x0000ff00; or.b32 %r1, %r1, 0x44330011;",
+    "lop3": "lop3.b32 %r1, %r1, 0x0000ff00, 0x44330011, 0xea;",
+    "prmt": "prmt.b32 %r1, %r1, %r3, 0x7614;",
+    "bfi": "bfi.b32 %r1, %r3, %r1, 0, 8; bfi.b32 %r1, %r3, %r1, 16, 16;",
+    "halves": "and.b32 %r1, %r1, 0xff00; cvt.u16.u32 %h0, %r1; mov.b32 %r1, {%h0, %h1};",
+    "selp": "and.b32 %r1, %r1, 0xff00; setp.eq.u32 %p1, %r3, 0; selp.b32 %r1, %r3, %r1, %p1;",
+    "shift": "shl.b32 %r1, %r1, 24; shr.u32 %r1, %r1, 16;",
+    "64 bits": "mov.b64 %rd1, {%r1, %r3}; and.b64 %rd1, %rd1, 0xff00; cvt.u32.u64 %r1, %rd1;",
+}
+USE = {  # what is read of the register afterwards, and whether byte 1 is among it
+    "its byte": ("bfe.u32 %r2, %r1, 8, 8;", True),
+    "all": ("mov.b32 %r2, %r1;", True),
+    "a sum": ("add.u32 %r2, %r1, 1; shr.u32 %r2, %r2, 16;", True),
+    "byte 0": ("and.b32 %r2, %r1, 0xff;", False),
+    "bytes 2 and 3": ("shr.u32 %r2, %r1, 16;", False),
+    "high half": ("mov.b32 {%h2, %h3}, %r1; cvt.u32.u16 %r2, %h3;", False),
+    "filled": ("and.b32 %r2, %r1, 0xffff00ff; or.b32 %r2, %r2, 0x2200;", False),
+    "filled, permuted": ("prmt.b32 %r2, %r1, %r3, 0x3240;", False),
+}
+
+
+@pytest.mark.parametrize("use", USE)
+@pytest.mark.parametrize("fill", FILL)
+def test_bytes_of_a_register_are_defined_one_by_one(fill: str, use: str) -> None:
+    read, bad = USE[use]
+    text = kernel_text(
+        f""".reg .b64 %rd<4>; .reg .b32 %r<8>; .reg .b16 %h<4>; .reg .pred %p<2>;
+        ld.param.u64 %rd2, [p0]; mov.u32 %r3, %tid.x; mov.u16 %h1, 7;
+        {FILL[fill]}
+        {read}
+        st.global.u32 [%rd2], %r2; ret;""",
+        ".param .u64 p0",
+    )
+    out = np.zeros(1, np.uint32)
+    result = emulate(Module.from_ptx(text), 1, 1, [out], strict=False)
+    kinds = [r.kind for r in result.reports]
+    # with thread 0, selp takes the register that is defined
+    assert kinds == (["uninitialised register"] if bad and fill != "selp" else [])
+
+
+@pytest.mark.parametrize("stored,bad", [("u8", False), ("u16", True), ("u32", True)])
+def test_of_a_stored_register_only_the_stored_bytes_count(stored: str, bad: bool) -> None:
+    text = kernel_text(
+        f""".reg .b64 %rd<4>; .reg .b32 %r<8>;
+        ld.param.u64 %rd2, [p0]; and.b32 %r1, %r1, 0xffffff00;
+        st.global.{stored} [%rd2], %r1; ret;""",
+        ".param .u64 p0",
+    )
+    result = emulate(Module.from_ptx(text), 1, 32, [np.zeros(1, np.uint32)], strict=False)
+    assert bool(result.reports) == bad
+
+
+@pytest.mark.parametrize(
+    "part,bad",
+    [
+        ("mov.b64 {%r2, %r3}, %rd1; mov.u32 %r4, %r2;", False),
+        ("mov.b64 {%r2, %r3}, %rd1; mov.u32 %r4, %r3;", True),
+        ("cvt.u32.u64 %r4, %rd1;", False),
+        ("shr.u64 %rd1, %rd1, 32; cvt.u32.u64 %r4, %rd1;", True),
+        ("shl.b64 %rd1, %rd1, 32; shr.u64 %rd1, %rd1, 32; cvt.u32.u64 %r4, %rd1;", False),
+        ("bfi.b64 %rd1, 5, %rd1, 32, 32; shr.u64 %rd1, %rd1, 16; cvt.u32.u64 %r4, %rd1;", False),
+    ],
+)
+def test_halves_of_a_64_bit_register_are_defined_apart(part: str, bad: bool) -> None:
+    text = kernel_text(
+        f""".reg .b64 %rd<4>; .reg .b32 %r<8>;
+        ld.param.u64 %rd2, [p0]; mov.u32 %r1, 5; mov.b64 %rd1, {{%r1, %r7}};
+        {part}
+        st.global.u32 [%rd2], %r4; ret;""",
+        ".param .u64 p0",
+    )
+    result = emulate(Module.from_ptx(text), 1, 1, [np.zeros(1, np.uint32)], strict=False)
+    assert [r.kind for r in result.reports] == (["uninitialised register"] if bad else [])

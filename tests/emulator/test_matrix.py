@@ -217,6 +217,24 @@ def test_satfinite() -> None:
     assert (out == np.int64(2**31 - 1 + 32 * 127 * 127 - 2**32).astype(np.int32)).all()
 
 
+@pytest.mark.parametrize("sat", ["", ".satfinite"])
+def test_wgmma_satfinite(sat: str) -> None:
+    """All elements are 127, so the layout is no matter; the sum goes past the largest integer."""
+    text = wgmma_kernel(64, "bf16", 128, False, False)
+    for old, new in (
+        ("k16.f32.bf16.bf16", f"k32{sat}.s32.s8.s8"),
+        ("%rd7, 1, 1, 1, 0, 0;", "%rd7, 1;"),
+        ("0f3F800000", "0f7FFFFFFF"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    full = [np.full(64 * 128, 127, np.int8) for _ in range(2)]
+    out = np.zeros((128, 32), np.int32)
+    emulate(Module.from_ptx(text), 1, 128, [out, *full])
+    wrapped = 2**31 - 1 + 32 * 127 * 127 - 2**32
+    assert (out == (2**31 - 1 if sat else wrapped)).all()
+
+
 def ldmatrix_kernel(op: str, n: int, trans: bool, stride: int) -> Module:
     regs = "{" + ", ".join(f"%v{k}" for k in range(n)) + "}"
     t = ".trans" if trans else ""
