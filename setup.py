@@ -69,7 +69,7 @@ LIBRARIES = [
 if list((ROOT / "csrc" / "emulator").glob("*.cpp")):
     LIBRARIES.append(Native("_emulator", ".so"))
 if sys.platform == "linux":
-    LIBRARIES.append(Native("_cudart_stub", ".so"))
+    LIBRARIES += [Native("_cudart_stub", ".so"), Native("_cudart_stub12", ".so")]
 CUDA_LIBRARY = Native("_ops_cuda", ".abi3.so")
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 

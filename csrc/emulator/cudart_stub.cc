@@ -9,7 +9,9 @@
 // cudaErrorNoDevice.
 //
 // The types are declared here as the ABI has them, so that no CUDA header is needed to build this;
-// tests/emulator/test_runtime.py compares them with the real headers.
+// tests/emulator/test_runtime.py compares them with the real headers. Compiled with CUDART_MAJOR=12
+// it is CUDA 12's runtime: the same but for the calls that changed their signature or the layout of
+// what they fill in.
 
 #include <cstddef>
 #include <cstdint>
@@ -19,6 +21,10 @@
 #include <mutex>
 #include <string>
 #include <vector>
+
+#ifndef CUDART_MAJOR
+#define CUDART_MAJOR 13
+#endif
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -193,7 +199,9 @@ API Error __cudaGetKernel(const void** kernel, const void* host) {
   *kernel = host;
   return kSuccess;
 }
-API Error cudaGetKernel(const void** kernel, const void* host) { return __cudaGetKernel(kernel, host); }
+API Error cudaGetKernel(const void** kernel, const void* host) {
+  return __cudaGetKernel(kernel, host);
+}
 API Error cudaGetFuncBySymbol(const void** function, const void* host) {
   return __cudaGetKernel(function, host);
 }
@@ -243,7 +251,8 @@ const Name kNames[] = {
     {98, "cudaErrorInvalidDeviceFunction", "invalid device function"},
     {100, "cudaErrorNoDevice", "no CUDA-capable device is detected"},
     {101, "cudaErrorInvalidDevice", "invalid device ordinal"},
-    {209, "cudaErrorNoKernelImageForDevice", "no kernel image is available for execution on the device"},
+    {209, "cudaErrorNoKernelImageForDevice",
+     "no kernel image is available for execution on the device"},
     {400, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
     {600, "cudaErrorNotReady", "device not ready"},
     {700, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
@@ -252,10 +261,13 @@ const Name kNames[] = {
     {720, "cudaErrorCooperativeLaunchTooLarge", "too many blocks in cooperative launch"},
     {801, "cudaErrorNotSupported", "operation not supported"},
     {900, "cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"},
-    {901, "cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"},
+    {901, "cudaErrorStreamCaptureInvalidated",
+     "operation failed due to a previous error during capture"},
     {903, "cudaErrorStreamCaptureUnmatched", "this capture sequence cannot be ended here"},
-    {904, "cudaErrorStreamCaptureUnjoined", "the capture sequence contains a fork that was not joined to the primary stream"},
-    {906, "cudaErrorStreamCaptureImplicit", "a dependency on the legacy default stream is not allowed during capture"},
+    {904, "cudaErrorStreamCaptureUnjoined",
+     "the capture sequence contains a fork that was not joined to the primary stream"},
+    {906, "cudaErrorStreamCaptureImplicit",
+     "a dependency on the legacy default stream is not allowed during capture"},
     {999, "cudaErrorUnknown", "unknown error"},
 };
 }  // namespace
@@ -293,9 +305,9 @@ using U64 = uint64_t;
   API Error name(A a, B b, C c, D d, E e, F f) { return forward(#name, a, b, c, d, e, f); }
 #define CALL7(name, A, B, C, D, E, F, G) \
   API Error name(A a, B b, C c, D d, E e, F f, G g) { return forward(#name, a, b, c, d, e, f, g); }
-#define CALL8(name, A, B, C, D, E, F, G, H)            \
+#define CALL8(name, A, B, C, D, E, F, G, H)                \
   API Error name(A a, B b, C c, D d, E e, F f, G g, H h) { \
-    return forward(#name, a, b, c, d, e, f, g, h);     \
+    return forward(#name, a, b, c, d, e, f, g, h);         \
   }
 
 // Devices
@@ -303,11 +315,21 @@ CALL1(cudaGetDeviceCount, P)
 CALL1(cudaGetDevice, P)
 CALL1(cudaSetDevice, int)
 CALL3(cudaDeviceGetAttribute, P, int, int)
+#if CUDART_MAJOR == 12
+API Error cudaGetDeviceProperties_v2(P to, int device) {
+  return forward("cudaGetDeviceProperties_12", to, device);
+}
+#else
 CALL2(cudaGetDeviceProperties, P, int)
+#endif
 CALL0(cudaDeviceSynchronize)
 CALL0(cudaDeviceReset)
 CALL1(cudaDriverGetVersion, P)
+#if CUDART_MAJOR == 12
+API Error cudaRuntimeGetVersion(P to) { return forward("cudaRuntimeGetVersion_12", to); }
+#else
 CALL1(cudaRuntimeGetVersion, P)
+#endif
 CALL2(cudaMemGetInfo, P, P)
 CALL2(cudaDeviceGetStreamPriorityRange, P, P)
 CALL2(cudaDeviceSetLimit, int, U64)
@@ -328,7 +350,13 @@ CALL4(cudaMallocPitch, P, P, U64, U64)
 CALL3(cudaHostRegister, P, U64, unsigned)
 CALL1(cudaHostUnregister, P)
 CALL3(cudaHostGetDevicePointer, P, P, unsigned)
+#if CUDART_MAJOR == 12
+API Error cudaPointerGetAttributes(P to, CP p) {
+  return forward("cudaPointerGetAttributes_12", to, p);
+}
+#else
 CALL2(cudaPointerGetAttributes, P, CP)
+#endif
 CALL4(cudaMemcpy, P, CP, U64, int)
 CALL5(cudaMemcpyAsync, P, CP, U64, int, P)
 CALL7(cudaMemcpy2D, P, U64, CP, U64, U64, U64, int)
@@ -342,8 +370,27 @@ CALL6(cudaMemcpyFromSymbolAsync, P, CP, U64, U64, int, P)
 CALL2(cudaGetSymbolAddress, P, CP)
 CALL2(cudaGetSymbolSize, P, CP)
 // cudaMemLocation is two ints: one word in a register.
+#if CUDART_MAJOR == 12
+namespace {
+// A device's number as a location: cudaMemLocationTypeDevice, or the host for cudaCpuDeviceId.
+U64 location(int device) { return device < 0 ? 2 : 1 | U64(unsigned(device)) << 32; }
+}  // namespace
+API Error cudaMemPrefetchAsync(CP p, U64 count, int device, P stream) {
+  return forward("cudaMemPrefetchAsync", p, count, location(device), 0u, stream);
+}
+API Error cudaMemPrefetchAsync_v2(CP p, U64 count, U64 to, unsigned flags, P stream) {
+  return forward("cudaMemPrefetchAsync", p, count, to, flags, stream);
+}
+API Error cudaMemAdvise(CP p, U64 count, int advice, int device) {
+  return forward("cudaMemAdvise", p, count, advice, location(device));
+}
+API Error cudaMemAdvise_v2(CP p, U64 count, int advice, U64 to) {
+  return forward("cudaMemAdvise", p, count, advice, to);
+}
+#else
 CALL5(cudaMemPrefetchAsync, CP, U64, U64, unsigned, P)
 CALL4(cudaMemAdvise, CP, U64, int, U64)
+#endif
 
 // Streams and events
 CALL1(cudaStreamCreate, P)
@@ -370,7 +417,21 @@ CALL1(cudaEventDestroy, P)
 CALL2(cudaStreamBeginCapture, P, int)
 CALL2(cudaStreamEndCapture, P, P)
 CALL2(cudaStreamIsCapturing, P, P)
+#if CUDART_MAJOR == 12
+CALL3(cudaStreamGetCaptureInfo, P, P, P)
+API Error cudaEventElapsedTime_v2(P to, P start, P end) {
+  return forward("cudaEventElapsedTime", to, start, end);
+}
+API Error cudaStreamGetCaptureInfo_v2(P stream, P status, P id, P graph, P nodes, P count) {
+  return forward("cudaStreamGetCaptureInfo", stream, status, id, graph, nodes, P{}, count);
+}
+API Error cudaStreamGetCaptureInfo_v3(P stream, P status, P id, P graph, P nodes, P edges,
+                                      P count) {
+  return forward("cudaStreamGetCaptureInfo", stream, status, id, graph, nodes, edges, count);
+}
+#else
 CALL7(cudaStreamGetCaptureInfo, P, P, P, P, P, P, P)
+#endif
 CALL1(cudaThreadExchangeStreamCaptureMode, P)
 CALL3(cudaGraphInstantiate, P, P, U64)
 CALL3(cudaGraphInstantiateWithFlags, P, P, U64)

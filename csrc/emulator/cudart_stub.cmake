@@ -1,11 +1,17 @@
-# _cudart_stub: the CUDA runtime's stand-in. The file's name is ours, its soname is the runtime's:
-# that is how a library linked with `-cudart shared` finds it already loaded.
-add_library(_cudart_stub SHARED ${CMAKE_CURRENT_LIST_DIR}/cudart_stub.cc)
-if(COMMAND qlk_shared_library)
-  qlk_shared_library(_cudart_stub)
-endif()
-set_target_properties(_cudart_stub PROPERTIES PREFIX "" NO_SONAME ON)
-target_link_options(_cudart_stub PRIVATE
-  LINKER:-soname,libcudart.so.13
-  LINKER:--version-script=${CMAKE_CURRENT_LIST_DIR}/cudart_stub.map)
-set_target_properties(_cudart_stub PROPERTIES LINK_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/cudart_stub.map)
+# _cudart_stub and _cudart_stub12: the stand-ins for the runtimes of CUDA 13 and 12. The files' names
+# are ours, their sonames are the runtimes': that is how a library linked with `-cudart shared` finds
+# its own already loaded.
+function(emu_cudart_stub target major)
+  string(REGEX REPLACE "^_" "" map_name ${target})
+  set(map ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/${map_name}.map)
+  add_library(${target} SHARED ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/cudart_stub.cc)
+  if(COMMAND qlk_shared_library)
+    qlk_shared_library(${target})
+  endif()
+  set_target_properties(${target} PROPERTIES PREFIX "" NO_SONAME ON LINK_DEPENDS ${map})
+  target_compile_definitions(${target} PRIVATE CUDART_MAJOR=${major})
+  target_link_options(${target} PRIVATE LINKER:-soname,libcudart.so.${major}
+                                        LINKER:--version-script=${map})
+endfunction()
+emu_cudart_stub(_cudart_stub 13)
+emu_cudart_stub(_cudart_stub12 12)

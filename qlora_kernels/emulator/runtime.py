@@ -139,29 +139,31 @@ class Launch:
 # The stub
 
 
-def _stub_path() -> Path:
+def _stub_path(major: int) -> Path:
     """The built stub, beside the package or in the cache; built from source where it is neither."""
     here = Path(__file__).resolve()
+    name = "cudart_stub" + ("" if major == 13 else str(major))
     for folder in (here.parent.parent, here.parent):
-        built = folder / "_cudart_stub.so"
+        built = folder / f"_{name}.so"
         if built.is_file():
             return built
     source = here.parents[2] / "csrc" / "emulator" / "cudart_stub.cc"
     if not source.is_file():
         raise toolchain.ToolchainError(
-            f"the CUDA runtime's stand-in, _cudart_stub.so, is neither beside {here.parent.parent} "
+            f"the CUDA runtime's stand-in, _{name}.so, is neither beside {here.parent.parent} "
             "nor can it be built, its source is not here; reinstall the package"
         )
-    version_map = source.with_suffix(".map")
+    version_map = source.with_name(f"{name}.map")
     key = toolchain._digest(source.read_text(), version_map.read_text())
-    built = toolchain.cache_dir() / "stub" / key / "_cudart_stub.so"
+    built = toolchain.cache_dir() / "stub" / key / f"_{name}.so"
     if not built.is_file():
         built.parent.mkdir(parents=True, exist_ok=True)
         temporary = built.with_name(f".{os.getpid()}.so")
         command = ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
         command += [
             str(source),
-            "-Wl,-soname,libcudart.so.13",
+            f"-DCUDART_MAJOR={major}",
+            f"-Wl,-soname,libcudart.so.{major}",
             f"-Wl,--version-script={version_map}",
         ]
         toolchain._run([*command, "-o", str(temporary)], "g++ on the CUDA runtime's stand-in")
@@ -170,28 +172,36 @@ def _stub_path() -> Path:
 
 
 _HANDLER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint64))
-_stub: ctypes.CDLL | None = None
+MAJORS = (13, 12)  # of the CUDA runtimes that there are stand-ins for
+_stubs: dict[int, ctypes.CDLL] = {}
 _active: EmulatedRuntime | None = None
 _lock = threading.RLock()
 
 
-def _load_stub() -> ctypes.CDLL:
-    global _stub
-    if _stub is None:
+def _load_stub(major: int = MAJORS[0]) -> ctypes.CDLL:
+    if major not in _stubs:
         for line in Path("/proc/self/maps").read_text().splitlines():
-            if re.search(r"/libcudart\.so\.13[\d.]*$", line):
+            if re.search(rf"/libcudart\.so\.{major}[\d.]*$", line):
                 raise toolchain.ToolchainError(
                     f"this process has loaded a real CUDA runtime ({line.split()[-1]}); "
                     "the stand-in has to come first: use it in a process of its own"
                 )
-        stub = ctypes.CDLL(str(_stub_path()), mode=ctypes.RTLD_GLOBAL)
+        stub = ctypes.CDLL(str(_stub_path(major)), mode=ctypes.RTLD_GLOBAL)
         stub.cudart_stub_set_handler.argtypes = [ctypes.c_void_p]
         stub.cudart_stub_function.restype = ctypes.c_char_p
         stub.cudart_stub_function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         stub.cudart_stub_variable.restype = ctypes.c_char_p
         stub.cudart_stub_variable.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-        _stub = stub
-    return _stub
+        _stubs[major] = stub
+    return _stubs[major]
+
+
+def _registered(what: str, host: int, *more: Any) -> bytes | None:
+    """The mangled name under which a library registered a host symbol with one of the stubs."""
+    for stub in _stubs.values():
+        if name := getattr(stub, f"cudart_stub_{what}")(host, *more):
+            return name
+    return None
 
 
 class _DlInfo(ctypes.Structure):
@@ -480,9 +490,9 @@ class EmulatedRuntime:
         with _lock:
             if _active is not None:
                 raise RuntimeError("another EmulatedRuntime is active in this process")
-            stub = _load_stub()
+            _load_stub()
             _active = self
-            stub.cudart_stub_set_handler(ctypes.cast(self._callback, ctypes.c_void_p))
+            self._listen()
         try:
             for path in self._libraries:
                 loaded = self.load(path)
@@ -500,11 +510,15 @@ class EmulatedRuntime:
         if self.errors and self.strict and kind is None:
             raise self.errors[0]
 
+    def _listen(self) -> None:
+        for stub in _stubs.values():
+            stub.cudart_stub_set_handler(ctypes.cast(self._callback, ctypes.c_void_p))
+
     def _leave(self) -> None:
         global _active
         with _lock:
-            if _stub is not None:
-                _stub.cudart_stub_set_handler(None)
+            for stub in _stubs.values():
+                stub.cudart_stub_set_handler(None)
             _active = None
 
     def load(self, path: str | Path) -> ctypes.CDLL:
@@ -519,11 +533,17 @@ class EmulatedRuntime:
                 f"{path} does not ask for libcudart.so: it was linked with a static CUDA runtime, "
                 "which nothing can stand in for. Link the same objects with `nvcc -cudart shared`."
             )
-        if needs.group(1) != b"13":
+        major = int(needs.group(1))
+        if major not in MAJORS:
             raise toolchain.ToolchainError(
-                f"{path} asks for libcudart.so.{needs.group(1).decode()}; the stand-in is "
-                "libcudart.so.13: build the library with CUDA 13."
+                f"{path} asks for libcudart.so.{major}; there are stand-ins for "
+                f"libcudart.so.{' and .'.join(map(str, MAJORS))}: build it with one of those."
             )
+        with _lock:
+            if major not in _stubs:
+                _load_stub(major)
+                if _active is self:
+                    self._listen()
         try:
             return ctypes.CDLL(str(path))
         except OSError as error:
@@ -765,8 +785,7 @@ class EmulatedRuntime:
     # -- kernels ----------------------------------------------------------------------------------
 
     def _kernel(self, host: int) -> tuple[str, _Module]:
-        assert _stub is not None
-        name = _stub.cudart_stub_function(host, None)
+        name = _registered("function", host, None)
         if name is None:
             raise _Refused(INVALID_DEVICE_FUNCTION, f"{host:#x} is not a __global__ function")
         path = _library_of(host)
@@ -963,6 +982,10 @@ class EmulatedRuntime:
         properties = device_properties(self.device)
         ctypes.memmove(w[0], ctypes.byref(properties), ctypes.sizeof(properties))
 
+    def _do_cudaGetDeviceProperties_12(self, w: Any) -> None:
+        properties = device_properties(self.device, 12)
+        ctypes.memmove(w[0], ctypes.byref(properties), ctypes.sizeof(properties))
+
     def _do_cudaDeviceSynchronize(self, w: Any) -> None:
         self._refuse_capture("cudaDeviceSynchronize")
         self._drain()
@@ -973,6 +996,9 @@ class EmulatedRuntime:
         _write(w[0], ctypes.c_int, 13000)
 
     _do_cudaRuntimeGetVersion = _do_cudaDriverGetVersion
+
+    def _do_cudaRuntimeGetVersion_12(self, w: Any) -> None:
+        _write(w[0], ctypes.c_int, 12080)
 
     def _do_cudaMemGetInfo(self, w: Any) -> None:
         used = sum(b.size for b in self._buffers.values() if b.kind == "device")
@@ -1056,11 +1082,14 @@ class EmulatedRuntime:
     def _do_cudaHostGetDevicePointer(self, w: Any) -> None:
         _write(w[0], ctypes.c_void_p, w[1])
 
-    def _do_cudaPointerGetAttributes(self, w: Any) -> None:
+    def _do_cudaPointerGetAttributes_12(self, w: Any) -> None:
+        self._do_cudaPointerGetAttributes(w, 24)
+
+    def _do_cudaPointerGetAttributes(self, w: Any, size: int = 88) -> None:
         buffer = self._find(w[1])
         kinds = {"host": 1, "registered": 1, "managed": 3}
         kind = 0 if buffer is None else kinds.get(buffer.kind, 2)
-        ctypes.memset(w[0], 0, 88)
+        ctypes.memset(w[0], 0, size)
         _write(w[0], ctypes.c_int, kind)
         _write(w[0] + 4, ctypes.c_int, 0 if kind else -2)
         _write(w[0] + 8, ctypes.c_void_p, w[1] if kind else 0)
@@ -1105,9 +1134,8 @@ class EmulatedRuntime:
 
     def _symbol(self, host: int) -> Buffer:
         """A __device__ or __constant__ variable: the host's shadow of it is its memory."""
-        assert _stub is not None
         size = ctypes.c_uint64()
-        name = _stub.cudart_stub_variable(host, ctypes.byref(size), None)
+        name = _registered("variable", host, ctypes.byref(size), None)
         if name is None:
             raise _Refused(INVALID_SYMBOL, f"{host:#x} is no device variable")
         kind = f"symbol:{_library_of(host)}"
@@ -1511,9 +1539,35 @@ class _DeviceProp(ctypes.Structure):
     ]  # fmt: skip
 
 
-def device_properties(device: Device) -> _DeviceProp:
-    """cudaDeviceProp of a device in the table."""
-    p, sm = _DeviceProp(), device.sm
+def _with_removed(fields: Sequence[Any]) -> list[Any]:
+    """cudaDeviceProp's fields as CUDA 12 had them: with those that CUDA 13 took out."""
+    removed = {
+        "totalConstMem": ["clockRate"],
+        "multiProcessorCount": ["deviceOverlap"],
+        "integrated": ["kernelExecTimeoutEnabled"],
+        "textures": ["computeMode", "maxTexture1DLinear"],  # the second lay among the textures
+        "memoryBusWidth": ["memoryClockRate"],
+        "pageableMemoryAccess": ["singleToDoublePrecisionPerfRatio"],
+        "sharedMemPerBlockOptin": ["cooperativeMultiDeviceLaunch"],
+    }
+    return [
+        entry
+        for field_ in fields
+        for entry in [*((name, ctypes.c_int) for name in removed.get(field_[0], ())), field_]
+    ]
+
+
+class _DeviceProp12(ctypes.Structure):
+    _fields_ = _with_removed(_DeviceProp._fields_)
+
+
+def device_properties(device: Device, major: int = 13) -> Any:
+    """cudaDeviceProp of a device in the table, as CUDA 13 or 12 lays it out."""
+    p: Any = _DeviceProp() if major == 13 else _DeviceProp12()
+    sm = device.sm
+    if major == 12:
+        p.clockRate, p.memoryClockRate = int(device.clock / 1000), device.memory_clock_khz
+        p.deviceOverlap = 1
     p.name = device.name.encode()
     p.totalGlobalMem = device.memory
     p.sharedMemPerBlock = 49152

@@ -7,6 +7,8 @@ and refusals are tested for themselves; the second half runs the same launchers 
 from __future__ import annotations
 
 import ctypes
+import os
+import re
 import struct
 import subprocess
 import sys
@@ -673,3 +675,131 @@ ret;
     assert found.splitlines()[:3] == text.splitlines()[:3]
     assert "first" not in found and found.count("\n") == text.count("\n")
     assert "second" not in runtime.only_kernel(text, "first")
+
+
+# -- CUDA 12 -------------------------------------------------------------------------------------
+
+# A library as nvcc 12 makes one, its registration by hand: there is one nvcc here, and it is 13's.
+CUDA_12 = r"""
+#if defined(CUDA_12_HEADERS)
+#include <cuda_runtime_api.h>
+using Properties = cudaDeviceProp;
+#else
+#include <cstddef>
+using cudaError_t = int;
+using cudaStream_t = void*;
+struct dim3 { unsigned x = 1, y = 1, z = 1; };
+struct Properties {  // cudaDeviceProp of CUDA 12.8, as much of it as is looked at
+  char name[256], uuid[16], luid[8];
+  unsigned mask;
+  size_t memory, shared;
+  int registers, warp;
+  size_t pitch;
+  int threads, dim[3], grid[3], clockRate;
+  size_t constant;
+  int major, minor;
+  size_t textureAlignment, texturePitchAlignment;
+  int deviceOverlap, multiProcessorCount, rest[159];
+};
+#define cudaGetDeviceProperties cudaGetDeviceProperties_v2
+extern "C" {
+cudaError_t cudaGetDeviceProperties_v2(Properties*, int);
+cudaError_t cudaRuntimeGetVersion(int*);
+cudaError_t cudaMallocManaged(void**, size_t, unsigned);
+cudaError_t cudaMemPrefetchAsync(const void*, size_t, int, cudaStream_t);
+cudaError_t cudaFree(void*);
+cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t);
+cudaError_t cudaDeviceSynchronize();
+}
+static_assert(sizeof(Properties) == 1032);
+#endif
+
+extern "C" {
+void** __cudaRegisterFatBinary(void*);
+void __cudaRegisterFatBinaryEnd(void**);
+void __cudaUnregisterFatBinary(void**);
+void __cudaRegisterFunction(void**, const char*, char*, const char*, int, void*, void*, void*,
+                            void*, int*);
+extern const char fatbin_12[];
+}
+asm(".section .nv_fatbin, \"a\"; .align 8; .globl fatbin_12; fatbin_12: .incbin \"FATBIN\";"
+    ".previous");
+static struct { int magic, version; const void* data; void* file; } wrapper
+    __attribute__((section(".nvFatBinSegment"), used)) = {0x466243b1, 1, fatbin_12, nullptr};
+static void stub() {}
+static void** module;
+__attribute__((constructor)) static void enter() {
+  module = __cudaRegisterFatBinary(&wrapper);
+  __cudaRegisterFunction(module, (const char*)stub, (char*)"twice", "twice", -1, nullptr, nullptr,
+                         nullptr, nullptr, nullptr);
+  __cudaRegisterFatBinaryEnd(module);
+}
+__attribute__((destructor)) static void leave() { __cudaUnregisterFatBinary(module); }
+
+extern "C" int run_12(float* x, int n, int* out) {
+  Properties p[2] = {};  // whatever is written beyond the first shows
+  int error = cudaGetDeviceProperties(&p[0], 0);
+  out[0] = p[0].multiProcessorCount, out[1] = p[0].major, out[2] = p[0].clockRate;
+  for (size_t k = 0; k < sizeof p[1]; k++) out[3] |= reinterpret_cast<char*>(&p[1])[k];
+  error |= cudaRuntimeGetVersion(&out[4]);
+  void* managed = nullptr;
+  error |= cudaMallocManaged(&managed, 4096, 1);
+  error |= cudaMemPrefetchAsync(managed, 4096, 0, nullptr);
+  error |= cudaFree(managed);
+  void* args[] = {&x, &n};
+  dim3 grid, block;
+  grid.x = (n + 127) / 128, block.x = 128;
+  error |= cudaLaunchKernel((const void*)stub, grid, block, args, 0, nullptr);
+  return error | cudaDeviceSynchronize();
+}
+"""
+
+
+def cuda_12_headers() -> Path | None:
+    """``include`` of a CUDA 12 toolkit: ``CUDA12_HOME`` names the toolkit."""
+    home = os.environ.get("CUDA12_HOME")
+    return Path(home) / "include" if home else None
+
+
+@pytest.mark.parametrize("headers", ["declared", "of CUDA 12"])
+def test_a_library_of_cuda_12(headers: str, tmp_path: Path) -> None:
+    options = []
+    if headers != "declared":
+        folder = cuda_12_headers()
+        if folder is None:
+            pytest.skip("CUDA12_HOME does not name a CUDA 12 toolkit")
+        options = [f"-I{folder}", "-DCUDA_12_HEADERS"]
+    (tmp_path / "k.cu").write_text(
+        """extern "C" __global__ void twice(float* x, int n) {
+          int i = blockIdx.x * blockDim.x + threadIdx.x;
+          if (i < n) x[i] *= 2;
+        }"""
+    )
+    fatbin, source, library = (tmp_path / n for n in ("k.fatbin", "host.cc", "lib12.so"))
+    nvcc = str(toolchain.find_tool("nvcc"))
+    code = "-gencode=arch=compute_80,code=[sm_80,compute_80]"
+    subprocess.run([nvcc, "-fatbin", code, tmp_path / "k.cu", "-o", fatbin], check=True)
+    source.write_text(CUDA_12.replace("FATBIN", str(fatbin)))
+    stub = runtime._stub_path(12)
+    subprocess.run(
+        ["g++", "-std=c++17", "-fPIC", "-shared", *options, source, stub, "-o", library], check=True
+    )
+    with EmulatedRuntime("a100", library) as rt:
+        x = np.arange(300, dtype=np.float32)
+        out = (ctypes.c_int * 5)()
+        assert rt.lib.run_12(rt.pointer(x, "x"), 300, out) == 0
+    assert (x == 2 * np.arange(300)).all() and rt.launches[0].grid == (3, 1, 1)
+    a100 = get_device("a100")
+    assert list(out) == [a100.sms, 8, int(a100.clock / 1000), 0, 12080]
+
+
+@pytest.mark.parametrize("major", runtime.MAJORS)
+def test_each_stand_in_has_the_runtimes_soname_and_version_node(major: int) -> None:
+    data = runtime._stub_path(major).read_bytes()
+    assert set(re.findall(rb"\0libcudart\.so\.(\d+)\0", data)) == {str(major).encode()}
+
+
+def test_a_library_of_another_cuda_is_named(tmp_path: Path) -> None:
+    (tmp_path / "lib11.so").write_bytes(b"\x7fELF\0libcudart.so.11\0")
+    with EmulatedRuntime("a100") as rt, pytest.raises(toolchain.ToolchainError, match="so.11"):
+        rt.load(tmp_path / "lib11.so")
