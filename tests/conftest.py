@@ -43,6 +43,7 @@ def _seeded() -> Iterator[None]:
 # tests make their tensors on `device`, or on the one that `kernels` yields. The GPU joins where
 # there is one and its library loads. QLORA_KERNELS_TEST_DEVICES says which instead ("cuda" alone
 # is what `make test-gpu` runs); a device that is named and not there is a failure, not a skip.
+# "emulated", alone: the CPU's ops are replaced by CUDA's in the emulator (tests/cuda/test_ops.py).
 
 _DEVICES = os.environ.get("QLORA_KERNELS_TEST_DEVICES", "").split() or [
     "cpu",
@@ -51,9 +52,17 @@ _DEVICES = os.environ.get("QLORA_KERNELS_TEST_DEVICES", "").split() or [
 _CPU_KERNELS = [f"cpu-{isa}" for isa in cpu.available_isas()] or ["cpu-torch"]
 
 
+def runs_cuda(device: torch.device) -> bool:
+    """Whether CUDA's kernels run on it, whose bounds are wider."""
+    return device.type == "cuda" or _DEVICES == ["emulated"]
+
+
 @pytest.fixture(params=_DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device that there is."""
+    if request.param == "emulated":
+        request.getfixturevalue("_cuda_ops_on_the_cpu")
+        return torch.device("cpu")
     return torch.device(request.param)
 
 
@@ -63,7 +72,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Each set of kernels, the device they are for: the CPU's by instruction set, and the GPU's."""
     kind, _, isa = request.param.partition("-")
-    if kind == "cpu" and isa != "torch":
+    if kind == "emulated":
+        request.getfixturevalue("_cuda_ops_on_the_cpu")
+        kind = "cpu"
+    if isa not in ("", "torch"):
         with cpu.use_isa(isa):
             yield torch.device(kind)
     else:
@@ -122,6 +134,39 @@ def native_variant() -> Callable[..., Path]:
         return library
 
     return build
+
+
+# --- the emulated GPU -----------------------------------------------------------------------------
+
+EMULATED = "qlora_kernels_emulated"  # the namespace of call_emulated.h
+
+
+@pytest.fixture(scope="session")
+def emulated_library(native_variant: Callable[..., Path]) -> Iterator[Path]:
+    """``_ops_cuda_emulated.so``, with its schemas defined; built first, unless
+    ``QLORA_KERNELS_CUDA_EMULATED`` names one."""
+    chosen = os.environ.get("QLORA_KERNELS_CUDA_EMULATED")
+    path = Path(chosen) if chosen else native_variant("cuda")
+    library = torch.library.Library(EMULATED, "DEF")
+    for schema in ops.SCHEMAS:
+        library.define(schema)
+    yield path
+
+
+@pytest.fixture
+def _cuda_ops_on_the_cpu(emulated_library: Path) -> Iterator[None]:
+    from qlora_kernels.emulator.runtime import EmulatedRuntime
+
+    override = torch.library.Library(ops.NAMESPACE, "IMPL")
+    with EmulatedRuntime("h100", emulated_library, checks=()) as runtime:
+        for schema in ops.SCHEMAS:
+            name = schema.partition("(")[0]
+            base, _, overload = name.partition(".")
+            op = getattr(getattr(getattr(torch.ops, EMULATED), base), overload or "default")
+            override.impl(name, op, "CPU", allow_override=True)
+        yield
+        override._destroy()
+    assert runtime.launches, "the ops went elsewhere"
 
 
 # --- a tiny model: two layers with random weights, a tokenizer of bytes with ChatML ---------------

@@ -10,6 +10,8 @@ import torch
 from qlora_kernels import cpu, ops, reference
 from qlora_kernels import functional as F4
 
+from .conftest import runs_cuda
+
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Rows that reach each route of the CPU: decode (1-4), tile (5-64), panels (more). CUDA's have tests
 # of their own.
@@ -55,7 +57,7 @@ class Problem:
         rounded here and may be taken as they are; a sum of torch's matmul, which cuBLAS may have
         made of parts that it rounded, before LoRA is added to it.
         """
-        return 1 if self.device.type == "cpu" else 4
+        return 4 if runs_cuda(self.device) else 1
 
     def run(self):
         return F4.linear_4bit(

@@ -8,9 +8,7 @@ on. Only torch's allocator and stream are stood in for (`csrc/cuda/call_emulated
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +18,9 @@ from torch import Tensor
 from qlora_kernels import functional, ops
 from qlora_kernels.emulator.runtime import EmulatedRuntime
 
-NAMESPACE = "qlora_kernels_emulated"
+from ..conftest import EMULATED
+
 REAL = torch.cuda.is_available() and ops.CUDA_LIBRARY_ERROR is None
-_LIBRARY: torch.library.Library | None = None
 
 
 class Gpu:
@@ -31,7 +29,7 @@ class Gpu:
     def __init__(self, runtime: EmulatedRuntime | None) -> None:
         self.runtime = runtime
         self.device = torch.device("cpu" if runtime else "cuda")
-        self.ops: Any = getattr(torch.ops, NAMESPACE if runtime else ops.NAMESPACE)
+        self.ops: Any = getattr(torch.ops, EMULATED if runtime else ops.NAMESPACE)
         self.lib: Any = runtime.lib if runtime else ctypes.CDLL(str(ops.cuda_library_path()))
 
     def __call__(self, *tensors: Tensor | None) -> Any:
@@ -48,20 +46,6 @@ class Gpu:
     def kernels(self) -> list[str]:
         """Names of the kernels launched so far; empty on a real GPU, which does not tell."""
         return [launch.name for launch in self.runtime.launches] if self.runtime else []
-
-
-@pytest.fixture(scope="session")
-def emulated_library(native_variant: Callable[[str], Path]) -> Path:
-    """``_ops_cuda_emulated.so``, with its schemas defined; built first, unless
-    ``QLORA_KERNELS_CUDA_EMULATED`` names one."""
-    global _LIBRARY
-    chosen = os.environ.get("QLORA_KERNELS_CUDA_EMULATED")
-    path = Path(chosen) if chosen else native_variant("cuda")
-    if _LIBRARY is None:
-        _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-        for schema in ops.SCHEMAS:
-            _LIBRARY.define(schema)
-    return path
 
 
 @pytest.fixture
