@@ -21,6 +21,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import harness
 import torch
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qlora_kernels import formats
 from qlora_kernels.emulator import devices, model, sass, toolchain
+from qlora_kernels.emulator.listing import listing
 from qlora_kernels.emulator.runtime import EmulatedRuntime
 from tests.cuda.decode_launchers import MMA, SIMT, Launcher, library
 from tests.cuda.launchers import Quantized
@@ -41,8 +43,9 @@ SHAPES = {
 # (rows, route, dx, rank)
 CASES = [
     (1, SIMT, False, 0), (1, MMA, False, 0), (2, MMA, False, 0), (4, MMA, False, 0),
-    (8, MMA, False, 0), (15, MMA, False, 0), (1, MMA, False, 16), (8, MMA, False, 16),
-    (15, MMA, False, 16), (1, MMA, True, 0), (8, MMA, True, 0), (15, MMA, True, 0),
+    (8, MMA, False, 0), (15, MMA, False, 0), (32, MMA, False, 0), (1, MMA, False, 16),
+    (8, MMA, False, 16), (15, MMA, False, 16), (1, MMA, True, 0), (8, MMA, True, 0),
+    (15, MMA, True, 0),
 ]  # fmt: skip
 BAR = 0.75  # of the issue slots
 
@@ -58,12 +61,15 @@ def weight(n: int, k: int) -> Quantized:
     )  # fmt: skip
 
 
-def run(q: Quantized, device: str, rows: int, route: int, dx: bool, rank: int) -> list:
-    """The launches of one step, block 0 of each executed."""
+def run(
+    q: Quantized, device: str, rows: int, route: int, dx: bool, rank: int, lines: bool = False
+) -> list:
+    """The launches of one step, block 0 of each executed; `lines`: with their source's lines."""
     n, k = q.shape
     a = torch.randn(rank, k) if rank else None
     b = torch.randn(n, rank) if rank else None
-    with EmulatedRuntime(device, library(), checks=("counts",), blocks=[0]) as rt:
+    built = library(options=("-lineinfo",)) if lines else library()
+    with EmulatedRuntime(device, built, checks=("counts",), blocks=[0]) as rt:
         launcher = Launcher(rt)
         x = torch.randn(rows, n if dx else k).to(torch.bfloat16)
         step = launcher.input_grad if dx else launcher.linear
@@ -122,17 +128,75 @@ def read_again(region: dict) -> float:
     return region["sectors_read"] / max(region["distinct_read"], 1)
 
 
+def fewest_l2(n: int, k: int, m: int, sms: int) -> float:
+    """Bytes between L2 and `sms` CTAs over the weight's, at best: a CTA has a part [a, b] of it,
+    all of the same area, reads m b values of x, and, where b < k, m a sums go out and back."""
+    area = n * k / sms
+    whole = 4.0 * m * k / area  # b = k: x alone
+    b = math.sqrt(4.0 * area)  # where both terms of cut rows are equal: 2 m b and 8 m area / b
+    cut = (2.0 * m * b + 8.0 * m * area / b) / (area / 2)
+    return 1 + 32 / 1024 + min(whole, cut if b < k else whole)
+
+
+def verdicts(figures: list[dict]) -> list[dict]:
+    """The bars of decode, each with its worst case and what bounds it there."""
+    found = []
+
+    def bar(what: str, value: float, limit: float, why: str = "") -> None:
+        found.append(
+            {"bar": what, "value": value, "limit": limit, "met": value <= limit, "why": why}
+        )
+
+    by = {(f["shape"], f["device"], f["case"]): f for f in figures}
+    devices_here = list(dict.fromkeys(f["device"] for f in figures))
+    cases = list(dict.fromkeys(f["case"] for f in figures if "r=" not in f["case"]))
+    for key in devices_here:
+        ones = [f["loop"] for f in figures if f["device"] == key and f["case"] == "y m=1 mma"]
+        bar(f"{key}: y m=1, SASS of the loop for 8 weights", max(ones), 30)
+        for case in cases:
+            worst = max((f for f in figures if f["device"] == key and f["case"] == case),
+                        key=lambda f: f["loop_slots"])  # fmt: skip
+            why = f"{worst['shape']}: {worst['loop']:.1f} SASS; bound by {worst['bound']}, "
+            why += f"shared memory and L1 {worst['shared']:.2f} of the time that DRAM takes"
+            bar(f"{key}: {case}, loop / issue slots", worst["loop_slots"], BAR, why)
+        for m in (1, 8, 15):
+            for shape in dict.fromkeys(f["shape"] for f in figures):
+                lora, plain = by[shape, key, f"y m={m} mma r=16"], by[shape, key, f"y m={m} mma"]
+                more = f"+{lora['all'] - plain['all']:.1f} for 8 weights: S in each CTA, S B a y"
+                bar(f"{key} {shape}: y m={m}, all SASS with LoRA r=16 / without",
+                    lora["all"] / plain["all"], 1.10, more)  # fmt: skip
+        for f in figures:
+            if f["device"] == key and f["case"] in [f"y m={m} mma" for m in (1, 2, 4, 8, 15)]:
+                m = int(f["case"].split("m=")[1].split()[0])
+                least = fewest_l2(f["n"], f["k"], m, devices.get_device(key).sms)
+                what = f"{key} {f['shape']}: {f['case']}, L2 requests / the weight's bytes"
+                why = f"x for each CTA: {least:.2f} at least, however the weight is cut"
+                bar(what, f["l2"], 1.3, why)
+    return found
+
+
+def print_listing() -> None:
+    """docs/kernels.md's: block 0 of y = x W^T, 8 rows, [4096, 4096], each source line's counts."""
+    launch = run(weight(4096, 4096), "a100", 8, MMA, False, 0, lines=True)[-1]
+    print(listing(SimpleNamespace(kernel=launch.counts.kernel, counts=launch.counts, reports=[])))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one shape, one device")
     parser.add_argument("--devices", nargs="+", default=["a100", "h100", "h200", "rtx4090"])
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--listing", action="store_true", help="docs/kernels.md's, and no more")
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--out", type=Path, default=results / "cuda_decode.json")
     args = parser.parse_args()
     missing = toolchain.available()
     if missing:
         print(missing)
         return 0
     args.threads = 1
+    if args.listing:
+        print_listing()
+        return 0
     if args.quick:
         args.devices = args.devices[:1]
     shapes = dict(list(SHAPES.items())[:1]) if args.quick else SHAPES
@@ -167,7 +231,12 @@ def main() -> int:
                      f"{f['microseconds']:.1f}", f"{f['limit']:.1f}", f["bound"]]
                 )  # fmt: skip
             harness.print_table(head, rows)
-    harness.write_json(args, {"figures": figures})
+    bars = verdicts(figures)
+    missed = [b for b in bars if not b["met"]]
+    print(f"\n{len(bars) - len(missed)} of {len(bars)} bars met; the others:")
+    for b in missed:
+        print(f"  MISSED {b['bar']:62} {b['value']:6.2f} > {b['limit']:.2f}  {b['why']}")
+    harness.write_json(args, {"bars": bars, "figures": figures})
     return 0
 
 

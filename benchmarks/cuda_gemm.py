@@ -81,7 +81,7 @@ class Kernel:
 
 
 def is_gemm(name: str) -> bool:
-    return re.search(r"gemm_(linear|input_grad)I", name) is not None
+    return re.search(r"gemm_(linear|linear_pairs|input_grad)I", name) is not None
 
 
 class Sampler:
@@ -223,14 +223,11 @@ class Call:
 
 
 _cache: dict[Any, Any] = {}
-LIBRARY: dict[int, Path] = {}
 
 
 def library(pass_: int) -> Path:
-    if pass_ not in LIBRARY:
-        source = "gemm_linear.cu" if pass_ == FORWARD else "gemm_input_grad.cu"
-        LIBRARY[pass_] = launchers.library(source, "gemm_lora.cu")
-    return LIBRARY[pass_]
+    name = "gemm_linear" if pass_ == FORWARD else "gemm_input_grad"
+    return launchers.library(f"{name}.cu", f"{name}_f16.cu", "gemm_lora.cu")
 
 
 def tensors(pass_: int, m: int, n: int, k: int, rank: int, nested: bool, lora: torch.dtype) -> Any:

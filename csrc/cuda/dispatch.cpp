@@ -1,6 +1,6 @@
 #include "dispatch.h"
 
-#include <algorithm>
+#include <iterator>
 
 #include "decode_tiles.h"
 #include "gemm_tiles.h"
@@ -11,24 +11,31 @@ namespace {
 // --- the table -----------------------------------------------------------------------------------
 
 // By compute capability (the nearest one that is not above). Rows of x up to which a kernel is
-// taken; between them the next one. Where they come from: benchmarks/ counts each kernel's work and
-// models its time on each device; docs/kernels.md has the ranking.
+// taken, forward and dx; between them the next one. From the ranking of benchmarks/cuda_dispatch.py
+// (benchmarks/results/cuda_dispatch.json, best_us_by_route):
 //
 //   simt        fp32 multiplies cost 8 m instructions for 8 weights. On HBM parts that exceeds the
-//               issue slots at full bandwidth (36 on H100, 39 on A100) from two rows on; GDDR parts
-//               have 169 and take three.
+//               issue slots at full bandwidth (36 on H100, 39 on A100) from two rows on, and at one
+//               shared memory is busier than with tensor cores: they have none of it. GDDR parts
+//               have 169 slots and take three. (simt_alone: fp32 x, or decode_mma
+//               switched off.)
+//   mma         until the GEMM, whose x is read once for 128 rows of W and not for 64, has repaid a
+//               second launch and barriers in its steps.
 //   gemm        until dequantization, whose cost does not grow with m, is repaid by torch's matmul:
 //               late where mma.sync reaches the peak (80, 86, 89, 120), earlier where wgmma
 //               (90: 1.6 x) or tcgen05 (100: about 4 x) is out of its reach.
 //   unaligned   rows up to which one thread a weight is still cheaper than writing the weight out
 struct Row {
   int capability;
-  int simt, mma, gemm, unaligned;
+  int simt, simt_alone;
+  int mma[2], gemm[2];  // by Pass
+  int unaligned;
 };
 constexpr Row kTable[] = {
-    //   simt mma  gemm  unaligned
-    {75, 3, 0, 0, 4},    {80, 1, 15, 256, 4}, {86, 3, 15, 256, 4},
-    {90, 1, 15, 256, 4}, {100, 1, 15, 64, 4}, {120, 3, 15, 256, 4},
+    //   simt alone mma       gemm     unaligned
+    {75, 3, 3, {0, 0}, {0, 0}, 4},       {80, 0, 1, {24, 16}, {256, 256}, 4},
+    {86, 3, 3, {16, 16}, {256, 256}, 4}, {90, 0, 1, {32, 16}, {128, 128}, 4},
+    {100, 0, 1, {32, 16}, {64, 64}, 4},  {120, 3, 3, {16, 16}, {256, 256}, 4},
 };
 
 const Row& row_of(int capability) {
@@ -40,9 +47,24 @@ const Row& row_of(int capability) {
 
 // --- GEMM tiles ----------------------------------------------------------------------------------
 
-// Splits double until the CTAs fill the device or a split would have less than this many steps.
-constexpr int kMinSteps = 8;
-constexpr int kMaxSplits = 16;
+// A step of a CTA in cycles of its multiprocessor: shared with others of its kind, and alone there,
+// when nothing hides what its warps wait for. By the emulator's counts and model of an A100
+// (`benchmarks/cuda_dispatch.py --tiles`), in the lists' order.
+struct StepCycles {
+  int shared, alone;
+};
+constexpr StepCycles kLinearCycles[] = {{1640, 1990}, {1710, 2170}, {920, 1310}, {1690, 2710},
+                                        {1480, 2460}, {1170, 1770}, {9000, 9000}};
+constexpr StepCycles kInputGradCycles[] = {{450, 490}, {450, 520}, {540, 600},  {2100, 2400},
+                                           {300, 360}, {200, 260}, {4500, 4500}};
+static_assert(std::size(kLinearCycles) == std::size(kLinearTiles) &&
+              std::size(kInputGradCycles) == std::size(kInputGradTiles));
+
+constexpr int kMaxSplits = 32;
+constexpr int kMinSteps = 2;       // of a split
+constexpr int kRampCycles = 1000;  // a CTA's start and end
+constexpr int kSumCycles = 2200;   // a second launch, sum_splits
+constexpr int kBytesACycle = 45;   // between a multiprocessor and L2
 
 int64_t steps_of(const GemmTile& t, const Shape& s) {
   return s.pass == Pass::forward ? ceil_div(s.k, t.k) : ceil_div(s.n, t.n);
@@ -51,35 +73,46 @@ int64_t tiles_of(const GemmTile& t, const Shape& s) {
   return ceil_div(s.m, t.m) * (s.pass == Pass::forward ? ceil_div(s.n, t.n) : ceil_div(s.k, t.k));
 }
 
-int splits_of(const DeviceLimits& d, const GemmTile& t, const Shape& s) {
-  int splits = 1;
-  while (2 * splits <= kMaxSplits && 2 * splits * tiles_of(t, s) <= d.sms &&
-         steps_of(t, s) >= 2 * splits * kMinSteps)
-    splits *= 2;
-  return splits;
+// Cycles of the multiprocessor with the most CTAs, and of adding up the splits.
+double price(const DeviceLimits& d, const GemmTile& t, StepCycles cycles, int splits,
+             const Shape& s) {
+  const auto busiest = static_cast<double>(ceil_div(tiles_of(t, s) * splits, d.sms));
+  const double steps = static_cast<double>(steps_of(t, s)) / splits;
+  const double all = busiest * (steps * (busiest > 1 ? cycles.shared : cycles.alone) + kRampCycles);
+  if (splits == 1) return all;
+  const int64_t outs = s.m * (s.pass == Pass::forward ? s.n : s.k);
+  const double moved = 2.0 * 4 * static_cast<double>(splits * outs) / d.sms;  // written and read
+  return all + kSumCycles + moved / kBytesACycle;
 }
 
-// Lists are in the order of preference for few rows: the widest k (the cheapest decoding) and the
-// smallest m first. The first tile that covers all rows is taken, else the tallest that fits: every
-// row of tiles decodes the weight once more.
+bool sums_stay_in_l2(const DeviceLimits& d, int splits, const Shape& s) {
+  return 4 * splits * s.m * (s.pass == Pass::forward ? s.n : s.k) <= d.l2_bytes / 2;
+}
+
+// The cheapest tile and number of splits of those that fit.
 Plan gemm_plan(const DeviceLimits& d, const Shape& s) {
   Plan best{};
   best.route = Route::large;
-  const auto consider = [&](const GemmTile& t) {
-    Plan p{};
-    p.route = Route::gemm;
-    p.tile_m = t.m, p.tile_n = t.n, p.tile_k = t.k, p.warps = t.warps, p.stages = t.stages;
-    p.splits = splits_of(d, t, s);
-    if (!complete(d, s, &p)) return;
-    const bool first = best.route == Route::large;
-    const bool taller = best.tile_m < std::min<int64_t>(s.m, 128) && p.tile_m > best.tile_m;
-    const bool no_worse_decoding = p.stages > 1 || best.stages == 1;
-    if (first || (taller && no_worse_decoding)) best = p;
+  double least = 0;
+  const auto consider = [&](const GemmTile& t, StepCycles cycles) {
+    for (int splits = 1; splits <= kMaxSplits; ++splits) {
+      if (splits > 1 && (steps_of(t, s) < splits * kMinSteps || !sums_stay_in_l2(d, splits, s)))
+        break;
+      Plan p{};
+      p.route = Route::gemm;
+      p.tile_m = t.m, p.tile_n = t.n, p.tile_k = t.k, p.warps = t.warps, p.stages = t.stages;
+      p.splits = splits;
+      if (!complete(d, s, &p)) return;
+      const double cost = price(d, t, cycles, splits, s);
+      if (best.route == Route::large || cost < least) best = p, least = cost;
+    }
   };
   if (s.pass == Pass::forward) {
-    for (const GemmTile& t : kLinearTiles) consider(t);
+    for (size_t i = 0; i < std::size(kLinearTiles); ++i)
+      consider(kLinearTiles[i], kLinearCycles[i]);
   } else {
-    for (const GemmTile& t : kInputGradTiles) consider(t);
+    for (size_t i = 0; i < std::size(kInputGradTiles); ++i)
+      consider(kInputGradTiles[i], kInputGradCycles[i]);
   }
   return best;
 }
@@ -138,7 +171,7 @@ std::vector<Plan> candidates(const DeviceLimits& d, const Shape& s) {
   for (const Route route : {Route::decode_simt, Route::decode_mma})
     if (s.m <= kDecodeRows) add(decode_plan(route, s, d.sms));
   const auto add_gemm = [&](const GemmTile& t) {
-    for (int splits = 1; splits <= kMaxSplits; splits *= 2) {
+    for (const int splits : {1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32}) {
       Plan p{};
       p.route = Route::gemm;
       p.tile_m = t.m, p.tile_n = t.n, p.tile_k = t.k, p.warps = t.warps, p.stages = t.stages;
@@ -170,8 +203,11 @@ Choice choose(const DeviceLimits& d, const Shape& s, RouteMask disabled) {
     return large("scales of one byte, for research, have no fused kernel");
   if (s.dtype == DType::bf16 && d.capability() < 80)
     return large("bf16 on " + sm + " is not in hardware, whatever torch says: use fp16");
-  if (s.dtype == DType::f32 && s.m > row.simt)
-    return large("tensor cores take no fp32; one thread a weight pays up to " + text(row.simt) +
+  const bool no_mma = s.dtype == DType::f32 || !on(Route::decode_mma);
+  const int simt = no_mma ? row.simt_alone : row.simt;
+  const int mma = row.mma[static_cast<int>(s.pass)], gemm = row.gemm[static_cast<int>(s.pass)];
+  if (s.dtype == DType::f32 && s.m > simt)
+    return large("tensor cores take no fp32; one thread a weight pays up to " + text(simt) +
                  " rows");
 
   const bool aligned = decode_aligned(s.n, s.k, s.block_log2);
@@ -179,35 +215,35 @@ Choice choose(const DeviceLimits& d, const Shape& s, RouteMask disabled) {
     Plan p = decode_plan(route, s, d.sms);
     return complete(d, s, &p) ? p : large_plan();
   };
-  if (s.m <= (aligned ? row.simt : row.unaligned) && take(Route::decode_simt)) {
+  if (s.m <= (aligned ? simt : row.unaligned) && take(Route::decode_simt)) {
     const Plan p = decode(Route::decode_simt);
     if (p.route != Route::large)
       return {p, off + (aligned ? "few rows: bound by reading the weight, fp32 multiplies fit the "
                                   "issue slots of " +
-                                      sm + " up to " + text(row.simt) + " rows"
+                                      sm + " up to " + text(simt) + " rows"
                                 : "k is no multiple of 64 or blocks are below 64: one thread a "
                                   "weight, up to " +
                                       text(row.unaligned) + " rows")};
   }
   if (s.dtype == DType::f32) return large("fp32: torch's matmul");
-  if (aligned && s.m <= row.mma && take(Route::decode_mma)) {
+  if (aligned && s.m <= mma && take(Route::decode_mma)) {
     const Plan p = decode(Route::decode_mma);
     if (p.route != Route::large)
-      return {p, off + "up to " + text(row.mma) +
+      return {p, off + "up to " + text(mma) +
                      " rows: bound by reading the weight, which is "
                      "the matrix instruction's A so that 8 rows of x cost what one does"};
   }
-  if (s.m <= row.gemm && take(Route::gemm)) {
+  if (s.m <= gemm && take(Route::gemm)) {
     const Plan p = gemm_plan(d, s);
     if (p.route != Route::large)
-      return {p, off + "up to " + text(row.gemm) + " rows on " + sm +
+      return {p, off + "up to " + text(gemm) + " rows on " + sm +
                      ": a weight is decoded once for " + text(p.tile_m) +
                      " rows, and is never written out"};
     off += "no gemm tile fits; ";
   }
-  return large(row.gemm == 0 ? sm + " has no mma.sync for it"
-                             : "more than " + text(row.gemm) + " rows on " + sm +
-                                   ": dequantization is repaid by torch's matmul");
+  return large(gemm == 0 ? sm + " has no mma.sync for it"
+                         : "more than " + text(gemm) + " rows on " + sm +
+                               ": dequantization is repaid by torch's matmul");
 }
 
 }  // namespace qlk::cuda

@@ -50,14 +50,14 @@ extern "C" int decode_input_grad(const InputGradProblem* p, const Plan* plan,
 
 
 @functools.cache
-def library(target: str = "sm_80") -> Path:
+def library(target: str = "sm_80", options: tuple[str, ...] = ()) -> Path:
     """All decode kernels in one library, those that Turing has too for ``target``."""
     wanted = [(SOURCES / f"{name}.cu", "sm_80") for name in TENSOR_CORES]
     wanted += [(SOURCES / f"{name}.cu", target) for name in SIMPLE]
     wanted += [(DOOR.format(folder=SOURCES), "sm_80")]
 
     def compiled(source: tuple) -> Path:
-        return toolchain.compile_object(source[0], [source[1]], OPTIONS)
+        return toolchain.compile_object(source[0], [source[1]], (*OPTIONS, *options))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, wanted))
