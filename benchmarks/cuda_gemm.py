@@ -31,6 +31,9 @@ from scipy.sparse.csgraph import connected_components
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import cuda_decode  # noqa: E402
+
+from qlora_kernels import cuda  # noqa: E402
 from qlora_kernels.emulator import sass, toolchain  # noqa: E402
 from qlora_kernels.emulator.devices import Device, get_device  # noqa: E402
 from qlora_kernels.emulator.launch import Region, launch  # noqa: E402
@@ -51,6 +54,7 @@ SHAPES = {  # out, in
     "7B q k v o": (4096, 4096), "7B gate up": (11008, 4096), "7B down": (4096, 11008),
     "70B q o": (8192, 8192), "70B gate up": (28672, 8192), "70B down": (8192, 28672),
 }  # fmt: skip
+LARGE = SHAPES["70B gate up"]
 PASSES = {FORWARD: "forward", INPUT_GRAD: "dX"}
 BITS = {False: 4.5, True: 4.127}  # a weight, blocks of 64
 
@@ -395,6 +399,15 @@ def bars(nested: bool = True) -> list[Bar]:
         gpu = get_device(name)
         slots = gpu.slots_per_8_weights(BITS[nested])
         for m in (16, 32, 64):
+            if cuda.choose(name, m, *LARGE)[0].route == "decode_mma":  # what runs there
+                f = cuda_decode.measure(
+                    cuda_decode.weight(*LARGE), name, m, cuda_decode.MMA, False, 0
+                )
+                found.append(
+                    Bar(f"forward, M = {m}, {name}, decode_mma: SASS for 8 weights / slots",
+                        f["loop_slots"], 0.80, f"bound by {f['bound']}")
+                )  # fmt: skip
+                continue
             need = tensor_cycles(gpu, m)
             why = f"ALU pipe: {2 * forward[m].sass('alu'):.0f} cycles; "
             why += f"tensor cores: {need:.0f} of {slots:.0f} cycles" + (

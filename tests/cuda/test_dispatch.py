@@ -16,7 +16,7 @@ BUILT = cuda.routes()
 # Rows up to which a route is taken, where benchmarks/cuda_dispatch.py ranks it first; [dX].
 LAST_MMA = {"a100": (24, 16), "h100": (32, 16), "h200": (32, 16), "rtx4090": (16, 16),
             "rtx5090": (16, 16), "b200": (32, 16)}  # fmt: skip
-LAST_GEMM = {"a100": 256, "h100": 128, "rtx4090": 256, "b200": 64}
+LAST_GEMM = {"a100": 256, "h100": 256, "rtx4090": 256, "b200": 64}
 
 
 def choose(device="h100", m=16, n=4096, k=4096, **options):
