@@ -21,10 +21,9 @@ from qlora_kernels.emulator.runtime import demangle
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = "75 80 86 89 90 100 120"
 
-# Registers a thread that a kernel may have: 64 let 1024 threads reside on a multiprocessor, which
-# memory-bound kernels need; the matmuls trade threads for registers (gemm_tiles.h, decode_tiles.h).
-BUDGETS = {"quantize": 64, "dequantize": 40, "dequantize_unaligned": 40, "sum_groups": 40}
-MOST = 255
+# Kernels bound by memory, of which 1024 threads reside on a multiprocessor (64 registers each); the
+# matmuls trade threads for registers (gemm_tiles.h, decode_tiles.h).
+BY_MEMORY = ("quantize", "quantize_absmax", "dequantize", "dequantize_unaligned", "sum_groups")
 
 
 @dataclass
@@ -112,10 +111,10 @@ def test_compiler_budgets(compiled) -> None:
         for k in kernels:
             where = f"{k.name} on {target}"
             assert k.use.stack == 0 and k.use.local == 0, f"{where} spills"
-            assert k.use.registers <= BUDGETS.get(k.family, MOST), where
             for device in devices_of(target):
                 resident = occupancy(device, k.threads, k.use.registers, k.use.shared).blocks
-                assert resident >= k.blocks, f"{where}: {resident} blocks on {device}"
+                wanted = -(-1024 // k.threads) if k.family in BY_MEMORY else k.blocks
+                assert resident >= wanted, f"{where}: {resident} blocks on {device}"
 
 
 # Shapes that reach every tile: aligned and not, few rows and many.

@@ -26,6 +26,7 @@ from .test_linear import Case
 FUSED = tuple(r for r in cuda.routes() if r != "large")
 ROUTES = cuda.routes() if REAL else FUSED
 BF16 = torch.bfloat16
+SMALL = "rtx3050-laptop"  # few multiprocessors, and so few CTAs
 # What an op may ask of the runtime: what does not wait, and takes no memory. The last three are the
 # emulator's own way to know the tensors.
 HARMLESS = {
@@ -134,7 +135,7 @@ def make(make_gpu) -> Iterator[Callable[..., Gpu]]:
     made = []
 
     def one(route: str, **options) -> Gpu:
-        gpu = make_gpu(**options)
+        gpu = make_gpu(SMALL, **options)
         made.append(gpu)
         gpu.lib.qlk_cuda_disable(0, cuda.disabled_mask("all") & ~_bit(route))
         return gpu
@@ -160,7 +161,7 @@ def test_two_streams_at_once_forward_and_backward_interleaved(make, route) -> No
     steps = (one, Step(gpu, rows(route), like=one))
     want = [cpu((*s.forward(), *s.backward())) for s in steps]
     orders = set()
-    for seed in range(3):
+    for seed in range(2):
         gpu = make(route, order="deferred", seed=seed)
         streams = Streams(gpu)
         one = Step(gpu, rows(route))
