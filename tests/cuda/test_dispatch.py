@@ -14,7 +14,7 @@ ROWS = [*range(1, 18), 32, 33, 64, 65, 128, 255, 256, 257, 512, 4096]
 SHAPES = [(4096, 4096), (11008, 4096), (28672, 8192), (1024, 8192), (11, 4128), (7, 33)]
 BUILT = cuda.routes()
 # Rows up to which a route is taken, where benchmarks/cuda_dispatch.py ranks it first; [dX].
-LAST_MMA = {"a100": (24, 16), "h100": (32, 16), "h200": (32, 16), "rtx4090": (16, 16),
+LAST_MMA = {"a100": (32, 16), "h100": (32, 16), "h200": (32, 16), "rtx4090": (16, 16),
             "rtx5090": (16, 16), "b200": (32, 16)}  # fmt: skip
 LAST_GEMM = {"a100": 256, "h100": 256, "rtx4090": 256, "b200": 64}
 
