@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) decode_linear_groups(const DecodeLin
 }
 
 template <class T, int kRows, ScaleKind kind>
-__global__ void __launch_bounds__(kDecodeSimtBand)
+__global__ void __launch_bounds__(kDecodeSimtBand, 2)
     decode_input_grad_columns(const DecodeInputGrad p) {
   __shared__ float codebook[kCodebookSize];
   __shared__ float code[kind == ScaleKind::nested ? kNestedCodeSize : 1];
