@@ -8,7 +8,8 @@ Environment:
 
 ``QLORA_KERNELS_DISABLE``
     routes to leave out, by name (``decode_simt``, ``decode_mma``, ``gemm``), with commas between;
-    ``all`` leaves everything to dequantization and torch's matmul.
+    ``all`` leaves everything to dequantization and torch's matmul. ``adamw``, which ``all`` names
+    too, leaves optimizer steps to torch's arithmetic.
 ``QLORA_KERNELS_SELF_CHECK``
     ``0`` skips the check of each kernel at its first use on a device.
 ``QLORA_KERNELS_CACHE``
@@ -152,11 +153,16 @@ def candidates(device: str | Device | int, m: int, n: int, k: int, **options: An
     return [Plan(**plan) for plan in found]
 
 
+_OTHERS = ("adamw",)  # kernels that no linear layer chooses among
+
+
 def disabled_mask(names: str) -> int:
     """A bit a route. Raises ValueError for a name that is none."""
     known = tuple(_host().cuda_routes)
     mask = 0
     for name in names.replace(",", " ").split():
+        if name in _OTHERS:
+            continue
         if name == "all":
             mask |= (1 << known.index("large")) - 1
         elif name in known[:-1]:
@@ -164,9 +170,15 @@ def disabled_mask(names: str) -> int:
         else:
             raise ValueError(
                 f"QLORA_KERNELS_DISABLE: there is no kernel {name!r}; there are "
-                f"{', '.join(known[:-1])}, and all"
+                f"{', '.join((*known[:-1], *_OTHERS))}, and all"
             )
     return mask
+
+
+def enabled(kernel: str) -> bool:
+    """Whether ``QLORA_KERNELS_DISABLE`` leaves on a kernel that is no linear layer's."""
+    names = os.environ.get("QLORA_KERNELS_DISABLE", "").replace(",", " ").split()
+    return kernel not in names and "all" not in names
 
 
 @functools.cache
@@ -199,7 +211,7 @@ def disabled_by_user() -> int:
 # --- the check at first use ---------------------------------------------------------------------
 
 # Rows, and whether the route is asked for them on some device (dispatch.cpp).
-_CHECKED_ROWS = {"decode_simt": (1, 3), "decode_mma": (2, 15), "gemm": (16, 70)}
+_CHECKED_ROWS = {"decode_simt": (1, 3), "decode_mma": (1, 15, 32), "gemm": (16, 70)}
 _CHECK_SHAPES = ((144, 512), (40, 100))  # [n, k]; the second one aligned to nothing
 _CHECK_RANK = 16
 

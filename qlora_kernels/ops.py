@@ -47,6 +47,11 @@ SCHEMAS = (
     f"linear_4bit_backward(Tensor dy, {_WEIGHT}, SymInt in_features, Tensor? x, Tensor? lora_a, "
     "Tensor? lora_b, Tensor? s, float scaling, ScalarType compute_dtype, ScalarType dx_dtype, "
     "bool need_dx, bool need_da, bool need_db) -> (Tensor, Tensor, Tensor, Tensor)",
+    # One step of AdamW in place (optim.py has its formulas, and calls this on CUDA). States are
+    # fp32, or uint8 with `maps` and an absmax for each 256 values. Scalars: beta1, 1 - beta1,
+    # beta2, 1 - beta2, decay, step_size, scale_v, eps. `paged`: states lie in managed memory.
+    "adamw_(Tensor(a!)[] p, Tensor[] grad, Tensor(b!)[] state1, Tensor(c!)[] state2, "
+    "Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, Tensor? maps, float[] scalars, bool paged) -> ()",
 )
 _LIB = torch.library.Library(NAMESPACE, "DEF")
 for _schema in SCHEMAS:
@@ -458,6 +463,11 @@ def _(packed, absmax, codebook, blocksize, nested_absmax, nested_code, nested_of
 
 @torch.library.register_fake(f"{NAMESPACE}::dequantize_4bit.out")
 def _(packed, absmax, codebook, blocksize, nested_absmax, nested_code, nested_offset, *, out):
+    return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::adamw_")
+def _(p, grad, state1, state2, absmax1, absmax2, maps, scalars, paged):
     return None
 
 

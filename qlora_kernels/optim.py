@@ -6,21 +6,32 @@ class               states  where they are
 ``AdamW``           32-bit  beside the parameters
 ``AdamW8bit``       8-bit   beside the parameters
 ``PagedAdamW``      32-bit  on a CPU in a mapped file, which the system pages in and out; a CUDA
-``PagedAdamW32bit``         parameter's in pinned host memory, copied for its update
+``PagedAdamW32bit``         parameter's in managed memory, fetched ahead of its update, or, where
+                            the driver could not hold that, in pinned host memory and copied for it
+                            (``paging.py``)
 ``PagedAdamW8bit``  8-bit   the same
 ==================  ======  =====================================================================
 
 One step, ``t`` counted from 1, in fp32::
 
-    p = p (1 - lr weight_decay)
-    m = beta1 m + (1 - beta1) g             v = beta2 v + (1 - beta2) g^2
-    p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+    m = beta1 m + (1 - beta1) g             v = beta2 v + (1 - beta2) (g g)
+    p = (1 - lr weight_decay) p - (m / (sqrt(v) (1 / sqrt(1 - beta2^t)) + eps)) (lr / (1 - beta1^t))
+
+Each operation is rounded once, without fma, and what is made of ``t`` and the options is rounded
+to fp32 once: so states have the same bits on every device. p may differ by 2^-21 of its change, and
+its own rounding: torch's root on a CPU is not always the nearest (MKL's), and with 8-bit states a
+GPU's quotient and root are approximations.
 
 8-bit states (arXiv 2110.02861) are codes of the dynamic map (formats.nested_code; for v its
 unsigned kin) and one fp32 absmax for each 256 values. They are decoded, updated, and rounded to the
-nearest code; a code does not change the sign of its value, so that a small m keeps its direction.
-Tensors of fewer than 4096 values keep 32-bit states, as bitsandbytes', and a gradient that is not
-finite leaves 8-bit states of its values at zero and the parameter alone.
+code nearest to the value times 1 / absmax; a code does not change the sign of its value, so that a
+small m keeps its direction. Tensors of fewer than 4096 values keep 32-bit states, as bitsandbytes',
+and a gradient that is not finite, or whose square is not, leaves 8-bit states of its values at zero
+and the parameter alone.
+
+On CUDA one kernel updates a group of parameters (``csrc/cuda/adamw.cu``); elsewhere, and for
+parameters that are not contiguous or have a gradient of another dtype, it is torch's arithmetic.
+``QLORA_KERNELS_DISABLE=adamw`` switches the kernel off.
 """
 
 from __future__ import annotations
@@ -30,12 +41,15 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .formats import nested_code, unsigned_code
+from . import cuda, ops, paging
+from .formats import constant, nested_code, unsigned_code
 
 BLOCK = 256
 """Values of an 8-bit state that share one absmax."""
@@ -82,18 +96,95 @@ def quantize_state(values: Tensor, code: Tensor, codes: Tensor, absmax: Tensor) 
     n = values.numel()
     rows = torch.nn.functional.pad(values, (0, -n % BLOCK)).view(-1, BLOCK)
     absmax.copy_(rows.abs().amax(1))
-    normalized = rows / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    middles = (code[1:] + code[:-1]) / 2
-    q = torch.bucketize(normalized, middles)
-    q += ((code[q] >= 0) & (normalized < 0)).to(q.dtype) * -1  # a negative value keeps its sign
-    q += ((code[q] < 0) & (normalized >= 0)).to(q.dtype)
+    normalized = rows * absmax.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()[:, None]
+    q = torch.bucketize(normalized, _middles(code))
+    q -= ((code[q] >= 0) & (rows < 0)).to(q.dtype)  # a negative value keeps its sign
+    q += ((code[q] < 0) & (rows >= 0)).to(q.dtype)
     codes.copy_(q.view(-1)[:n].to(torch.uint8))
+
+
+def _middles(code: Tensor) -> Tensor:
+    return (code[1:] + code[:-1]) / 2
 
 
 def dequantize_state(codes: Tensor, code: Tensor, absmax: Tensor) -> Tensor:
     """What :func:`quantize_state` kept, fp32 ``[n]``."""
     scale = absmax.repeat_interleave(BLOCK)[: codes.numel()]
     return code[codes.long()] * scale
+
+
+# --- the same on CUDA: tables, and what calls the kernel -----------------------------------------
+
+_SMALLEST = 2.0**-23  # values below it, absmax being 1, have the code of zero or the one beside it
+_SEARCH = 2948  # words of a search table: kStateSearch of csrc/cuda/adamw.h
+
+
+def search_table(code: np.ndarray, dropped: int, signed: bool) -> np.ndarray:
+    """How csrc/cuda/adamw.cu finds the nearest code: a word for each bucket of values.
+
+    A value in [2^-23, 1] without its lowest ``dropped`` bits is its bucket; negative ones have
+    buckets of their own, and count backwards in theirs. Adding the value, shifted so that those
+    bits end below the top byte, to the word leaves its code there.
+
+    Raises:
+        ValueError: two boundaries between codes in one bucket.
+    """
+    edges = ((code[1:] + code[:-1]) / np.float32(2)).astype(np.float64)
+    zero = int(np.searchsorted(code, 0.0))
+    if zero > 0:
+        edges[zero - 1] = -(2.0**-149)  # a code does not change its value's sign
+    near = np.abs(edges[np.abs(edges) > 2.0**-149])
+    if (near <= _SMALLEST).any():
+        raise ValueError("a code's boundary lies below 2^-23 of the largest")
+    first, last = (int(np.float32(v).view(np.uint32)) >> dropped for v in (_SMALLEST, 1.0))
+    mask = (1 << dropped) - 1
+    table = np.zeros(_SEARCH, np.uint32)
+    for negative in (False, True)[: 1 + signed]:
+        keys = np.arange(first, last + 1, dtype=np.int64)
+        ends = [((keys << dropped) | low).astype(np.uint32).view(np.float32) for low in (0, mask)]
+        lowest, highest = (e.astype(np.float64) for e in (ends if not negative else ends[::-1]))
+        if negative:
+            lowest, highest = -lowest, -highest
+        below, above = (np.searchsorted(edges, v) for v in (lowest, highest))
+        if (above - below > 1)[:-1].any():
+            raise ValueError("two boundaries between codes lie in one bucket: drop fewer bits")
+        # The last value of a bucket that keeps the lower code.
+        bits = np.abs(edges[np.minimum(below, edges.size - 1)]).astype(np.float32).view(np.uint32)
+        kept = bits.astype(np.int64) & mask
+        if negative:
+            kept, keys = mask - kept, ~keys
+        carry = np.where(above > below, mask - kept, 0)
+        words = (((below - keys) & 0xFF) << 24) | (carry << (24 - dropped))
+        begin = _SEARCH // 2 if negative else 0
+        table[begin : begin + keys.size] = words.astype(np.uint32)
+    return table
+
+
+def state_maps(device: torch.device | str = "cpu") -> Tensor:
+    """What the kernel needs to know of both maps, int32: for each its values and its search."""
+    words = []
+    for code, dropped, signed in ((nested_code(), 17, True), (unsigned_code(), 16, False)):
+        values = code.numpy()
+        words += [values.view(np.uint32), search_table(values, dropped, signed)]
+    return constant("state_maps", np.concatenate(words).view(np.int32), device)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The op that updates parameters of a device, and the device's managed memory."""
+
+    op: Callable[..., None]
+    driver: paging.Driver
+
+
+def kernel_for(p: Tensor) -> Kernel | None:
+    """What updates ``p``, or None: torch's arithmetic."""
+    if p.device.type != "cuda":
+        return None
+    lib = cuda.library()
+    if lib is None or not cuda.enabled("adamw"):
+        return None
+    return Kernel(torch.ops.qlora_kernels.adamw_, paging.driver_of(lib, p.device))
 
 
 class AdamW(torch.optim.Optimizer):
@@ -140,27 +231,33 @@ class AdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
-    def _zeros(self, p: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _allocate(self, p: Tensor, layout: paging.Layout) -> dict[str, Tensor]:
+        kernel = kernel_for(p)
         if not self.paged:
-            return torch.zeros(shape, dtype=dtype, device=p.device)
+            return {
+                name: torch.zeros(shape, dtype=dtype, device=p.device)
+                for name, (shape, dtype) in layout.items()
+            }
+        if kernel is not None:
+            return paging.zeros(layout, kernel.driver)
         if p.device.type == "cpu":
-            return self._file.zeros(shape, dtype)
-        return torch.zeros(shape, dtype=dtype, pin_memory=p.device.type == "cuda")
+            return {name: self._file.zeros(*one) for name, one in layout.items()}
+        return paging.zeros(layout, None, pin=p.device.type == "cuda")
 
-    def _start(self, p: Tensor, state: dict[str, Any]) -> None:
-        state["step"] = 0
+    def _start(self, p: Tensor) -> dict[str, Any]:
         n = p.numel()
-        if self.bits == 8 and n >= MIN_8BIT_SIZE:
-            for name in ("state1", "state2"):
-                state[name] = self._zeros(p, (n,), torch.uint8)
-                # The code of zero, so that an untouched state decodes to what it is.
-                code = nested_code() if name == "state1" else unsigned_code()
-                state[name].fill_(int((code == 0).nonzero()[0]))
+        eight = self.bits == 8 and n >= MIN_8BIT_SIZE
+        dtype = torch.uint8 if eight else torch.float32
+        layout: paging.Layout = dict.fromkeys(("state1", "state2"), ((n,), dtype))
+        if eight:
             for name in ("absmax1", "absmax2"):
-                state[name] = self._zeros(p, (-(-n // BLOCK),), torch.float32)
-        else:
-            for name in ("state1", "state2"):
-                state[name] = self._zeros(p, (n,), torch.float32)
+                layout[name] = ((-(-n // BLOCK),), torch.float32)
+        states = self._allocate(p, layout)
+        if eight:
+            # The code of zero, so that an untouched state decodes to what it is.
+            states["state1"].fill_(int((nested_code() == 0).nonzero()[0]))
+            states["state2"].fill_(int((unsigned_code() == 0).nonzero()[0]))
+        return {"step": 0, **states}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -174,17 +271,53 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            together: dict[tuple, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse:
                     raise ValueError("AdamW takes no sparse gradients; use torch.optim.SparseAdam")
+                if not self.state[p]:
+                    self.state[p] = self._start(p)
                 state = self.state[p]
-                if not state:
-                    self._start(p, state)
                 state["step"] += 1
-                self._update(p, state, group)
+                if self._kernel_takes(p, state):
+                    key = (p.device, p.dtype, state["state1"].dtype, state["step"])
+                    together.setdefault(key, []).append(p)
+                else:
+                    self._update(p, state, group)
+            for (*_, t), params in together.items():
+                self._update_together(params, _scalars(group, t))
         return loss
+
+    def _kernel_takes(self, p: Tensor, state: dict[str, Any]) -> bool:
+        return (
+            kernel_for(p) is not None
+            and p.dtype in ops.FLOATS
+            and p.is_contiguous()
+            and p.grad is not None
+            and p.grad.dtype == p.dtype
+            and state["state1"].device == p.device
+            and not state["state1"].is_pinned()
+        )
+
+    def _update_together(self, params: list[Tensor], scalars: list[float]) -> None:
+        """Parameters of one device, one dtype, one kind of states and one step."""
+        kernel = kernel_for(params[0])
+        assert kernel is not None
+        states = [self.state[p] for p in params]
+        eight = states[0]["state1"].dtype == torch.uint8
+        scales = [[s[n] for s in states] if eight else [] for n in ("absmax1", "absmax2")]
+        kernel.op(
+            [p.data for p in params],
+            [p.grad.contiguous() for p in params],  # type: ignore[union-attr]
+            [s["state1"] for s in states],
+            [s["state2"] for s in states],
+            *scales,
+            state_maps(params[0].device) if eight else None,
+            scalars,
+            self.paged,
+        )
 
     def _update(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         values = p.data.reshape(-1)
@@ -205,13 +338,11 @@ class AdamW(torch.optim.Optimizer):
             saved = state_dict["state"].get(i)
             if saved is None:
                 continue
-            state = self.state[p] = {}
-            for name, value in saved.items():
-                if isinstance(value, Tensor):
-                    state[name] = self._zeros(p, tuple(value.shape), value.dtype)
-                    state[name].copy_(value)
-                else:
-                    state[name] = value
+            tensors = {name: t for name, t in saved.items() if isinstance(t, Tensor)}
+            state = self._allocate(p, {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()})
+            for name, value in tensors.items():
+                state[name].copy_(value)
+            self.state[p] = {**saved, **state}
 
 
 def _update_chunk(
@@ -223,7 +354,8 @@ def _update_chunk(
     group: dict[str, Any],
 ) -> None:
     """The module's formulas on some values; ``p`` and the states are written."""
-    device, (beta1, beta2), lr = p.device, group["betas"], float(group["lr"])
+    device = p.device
+    beta1, rest1, beta2, rest2, decay, step_size, scale_v, eps = _scalars(group, state["step"])
     g = grad.float()
     kept1, kept2 = state["state1"][part], state["state2"][part]
     eight = kept1.dtype == torch.uint8
@@ -232,18 +364,16 @@ def _update_chunk(
         absmax = [state[name][blocks].to(device) for name in ("absmax1", "absmax2")]
         m = dequantize_state(kept1.to(device), codes[0], absmax[0])
         v = dequantize_state(kept2.to(device), codes[1], absmax[1])
-        finite = g.isfinite()
+        finite = (g * g).isfinite()
         g = torch.where(finite, g, 0)
     else:
         m, v = kept1.to(device), kept2.to(device)
-    m = m.mul(beta1).add_(g, alpha=1 - beta1)
-    v = v.mul(beta2).addcmul_(g, g, value=1 - beta2)
+    m = m.mul(beta1).add_(g.mul(rest1))
+    v = v.mul(beta2).add_((g * g).mul_(rest2))
     if eight:
         m, v = torch.where(finite, m, 0), torch.where(finite, v, 0)
-    t = state["step"]
-    denominator = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
-    updated = p.float() * (1 - lr * group["weight_decay"])
-    updated.addcdiv_(m, denominator, value=-lr / (1 - beta1**t))
+    ratio = m / _root(v).mul_(scale_v).add_(eps)
+    updated = (p.float() * decay).sub_(ratio.mul_(step_size))
     p.copy_(torch.where(finite, updated, p.float()) if eight else updated)
     if eight:
         for values, code, kept, name, scale in (
@@ -257,6 +387,20 @@ def _update_chunk(
     else:
         kept1.copy_(m)
         kept2.copy_(v)
+
+
+def _root(v: Tensor) -> Tensor:
+    return v.sqrt()
+
+
+def _scalars(group: dict[str, Any], t: int) -> list[float]:
+    """beta1, 1 - beta1, beta2, 1 - beta2, decay, step_size, scale_v, eps, each rounded to fp32."""
+    (beta1, beta2), lr = group["betas"], float(group["lr"])
+    values = [
+        beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * group["weight_decay"], lr / (1 - beta1**t),
+        1 / math.sqrt(1 - beta2**t), group["eps"],
+    ]  # fmt: skip
+    return [float(np.float32(v)) for v in values]
 
 
 class AdamW8bit(AdamW):

@@ -45,6 +45,9 @@ struct Emulated {
     held.push_back(t);
     char* const data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
     Span span{data, data + t.numel() * t.element_size()};
+    cudaPointerAttributes known{};
+    cudaPointerGetAttributes(&known, data);
+    if (known.type == cudaMemoryTypeManaged) return;  // the runtime's own
     for (size_t i = 0; i < spans.size(); ++i) {
       const Span old = spans[i];
       if (old.end <= span.begin || span.end <= old.begin) continue;
@@ -96,9 +99,10 @@ class Call {
 
 }  // namespace qlk::cuda
 
-extern "C" __attribute__((visibility("default"))) void qlk_emulated_stream(void* stream) {
+// Weak: several files include this.
+#define QLK_EMULATED_API __attribute__((visibility("default"), weak))
+
+extern "C" QLK_EMULATED_API void qlk_emulated_stream(void* stream) {
   qlk::cuda::emulated().stream = static_cast<cudaStream_t>(stream);
 }
-extern "C" __attribute__((visibility("default"))) void qlk_emulated_release() {
-  qlk::cuda::emulated().release();
-}
+extern "C" QLK_EMULATED_API void qlk_emulated_release() { qlk::cuda::emulated().release(); }

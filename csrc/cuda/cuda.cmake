@@ -13,9 +13,9 @@ endif()
 set(QLK_CUDA_KERNELS
   gemm_linear gemm_linear_f16 gemm_input_grad gemm_input_grad_f16 gemm_lora
   decode_linear_mma decode_input_grad_mma decode_lora_mma
-  decode_linear_simt decode_any decode_lora decode_launch quantize dequantize)
+  decode_linear_simt decode_any decode_lora decode_launch quantize dequantize adamw)
 # Those that run on Turing too.
-set(QLK_CUDA_TURING quantize dequantize decode_linear_simt decode_any decode_lora decode_launch)
+set(QLK_CUDA_TURING quantize dequantize adamw decode_linear_simt decode_any decode_lora decode_launch)
 
 file(REAL_PATH "${QLK_NVCC}" nvcc_file)
 get_filename_component(nvcc_root "${nvcc_file}" DIRECTORY)
@@ -68,7 +68,8 @@ add_custom_target(qlk_cuda_objects DEPENDS ${QLK_CUDA_OBJECTS})
 
 function(qlk_cuda_library target)
   add_library(${target} MODULE EXCLUDE_FROM_ALL
-    ${CMAKE_SOURCE_DIR}/csrc/torch_ops_cuda.cpp ${CMAKE_SOURCE_DIR}/csrc/cuda/device.cpp
+    ${CMAKE_SOURCE_DIR}/csrc/torch_ops_cuda.cpp ${CMAKE_SOURCE_DIR}/csrc/torch_ops_cuda_adamw.cpp
+    ${CMAKE_SOURCE_DIR}/csrc/cuda/paging.cpp ${CMAKE_SOURCE_DIR}/csrc/cuda/device.cpp
     ${CMAKE_SOURCE_DIR}/csrc/cuda/dispatch.cpp ${QLK_CUDA_OBJECTS})
   set_source_files_properties(${QLK_CUDA_OBJECTS} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
   add_dependencies(${target} qlk_cuda_objects)

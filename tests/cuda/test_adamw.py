@@ -1,0 +1,581 @@
+"""The AdamW kernel against optim.py's formulas in torch: states and codes to the bit."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_kernels import cuda, ops, optim, paging
+from qlora_kernels.emulator import runtime
+
+from .conftest import REAL, Gpu
+
+SIZES = [1, 255, 256, 257, 4097, 70001]
+OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def _nearest_roots(monkeypatch) -> None:
+    """torch's root on a CPU, MKL's, is off by an ulp here and there; NumPy's is IEEE's."""
+    monkeypatch.setattr(optim, "_root", lambda v: torch.from_numpy(np.sqrt(v.cpu().numpy())))
+
+
+def driver(gpu: Gpu) -> paging.Driver:
+    """Managed memory of the stand-in runtime, as CPU tensors on its addresses."""
+
+    def wrap(block: paging.Block, begin: int, size: int) -> Tensor:
+        memory = (ctypes.c_uint8 * size).from_address(block.address + begin)
+        memory.block = block
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    return paging.Driver(gpu.lib, 0, wrap, lambda: None)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch, make_gpu) -> Iterator[Callable[..., Gpu]]:
+    """``on_gpu(...)``: a GPU whose kernel optim.py uses for the parameters at ``gpu.mine``: in the
+    emulator those are on the CPU as the others are."""
+
+    made: list[Gpu] = []
+
+    def make(**options) -> Gpu:
+        for gpu in made:
+            gpu.lib.qlk_cuda_paging_forget()
+        made[:] = [gpu := make_gpu(**options)]
+        gpu.mine = set()
+        if not REAL:
+            kernel = optim.Kernel(gpu.ops.adamw_, driver(gpu))
+            monkeypatch.setattr(
+                optim, "kernel_for", lambda p: kernel if p.data_ptr() in gpu.mine else None
+            )
+        return gpu
+
+    yield make
+    for gpu in made:  # the streams of one runtime are nothing to the next
+        gpu.lib.qlk_cuda_paging_forget()
+
+
+def random(sizes: list[int], dtype: torch.dtype, seed: int = 1) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(n, generator=g) * 10.0 ** (i % 5 - 2)).to(dtype) for i, n in enumerate(sizes)
+    ]
+
+
+def pair(gpu: Gpu, values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters on the GPU, and the same ones for torch's arithmetic."""
+    mine = [gpu(v.clone()).requires_grad_() for v in values]
+    gpu.mine |= {p.data_ptr() for p in mine}
+    return mine, [v.clone().requires_grad_() for v in values]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    a, b = a.detach().cpu(), b.detach()
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def train(gpu: Gpu, optimizers, params, grads: list[Tensor]) -> None:
+    for optimizer, own, move in zip(optimizers, params, (gpu, lambda g: g.clone()), strict=True):
+        for p, g in zip(own, grads, strict=True):
+            p.grad = move(g)
+        optimizer.step()
+
+
+def check(optimizers, params, before: list[Tensor]) -> None:
+    """States to the bit; p too, or, with 8-bit states, within the bound of adamw.cu's head."""
+    one, other = optimizers
+    for a, b, old in zip(*params, before, strict=True):
+        mine, theirs = one.state[a], other.state[b]
+        for name in theirs:
+            if isinstance(theirs[name], Tensor):
+                assert same(mine[name], theirs[name]), (name, a.numel())
+        if theirs["state1"].dtype == torch.float32:
+            assert same(a, b), a.numel()
+            continue
+        got, want = a.detach().cpu().double(), b.detach().double()
+        changed = (
+            want - old.double()
+        ).abs() + 0.01 * old.double().abs()  # decay goes the other way
+        kind = torch.finfo(b.dtype)
+        rounding = kind.eps * want.abs().clamp(min=kind.smallest_normal)
+        assert ((got - want).abs() <= 2.0**-21 * changed + rounding).all()
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
+def test_as_torchs_arithmetic(on_gpu, dtype, bits) -> None:
+    gpu = on_gpu()
+    params = pair(gpu, random(SIZES, dtype))
+    optimizers = [optim.AdamW(p, optim_bits=bits, **OPTIONS) for p in params]
+    for t in range(3):
+        before = [p.detach().clone() for p in params[1]]
+        grads = random(SIZES, dtype, seed=9 + t)
+        if t == 1:
+            grads = [torch.where(torch.arange(g.numel()) % 3 == 0, 0, g) for g in grads]
+        train(gpu, optimizers, params, grads)
+        check(optimizers, params, before)
+        with torch.no_grad():  # differences within the bound do not add up
+            for a, b in zip(*params, strict=True):
+                a.copy_(b)
+    if not REAL:
+        # Small tensors have 32-bit states even so.
+        assert len(gpu.kernels) == 3 * (1 if bits == 32 else 2)
+        assert all("adamw<" in name for name in gpu.kernels)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_more_tensors_than_a_launch_takes(on_gpu, bits) -> None:
+    gpu = on_gpu()
+    sizes = [1 + 37 * i for i in range(61)] + [4096 + 13 * i for i in range(62)]
+    params = pair(gpu, random(sizes, torch.bfloat16))
+    optimizers = [optim.AdamW(p, optim_bits=bits, **OPTIONS) for p in params]
+    before = [p.detach().clone() for p in params[1]]
+    train(gpu, optimizers, params, random(sizes, torch.bfloat16, seed=2))
+    check(optimizers, params, before)
+    if not REAL:
+        assert len(gpu.kernels) == (3 if bits == 32 else 4)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_unaligned_views(on_gpu, dtype, bits) -> None:
+    """Parameters, gradients and states that start anywhere; what lies around them stays."""
+    gpu = on_gpu()
+    n, off = 5000, 3
+    values, grads = random([n], dtype)[0], random([n], dtype, seed=5)[0]
+    room = gpu(torch.full((n + 2 * off,), 7.0, dtype=dtype))
+    room[off : off + n] = gpu(values)
+    mine = room[off : off + n].requires_grad_()
+    gpu.mine.add(mine.data_ptr())
+    theirs = values.clone().requires_grad_()
+    params = [mine], [theirs]
+    optimizers = [optim.AdamW(p, optim_bits=bits, **OPTIONS) for p in params]
+    before = [theirs.detach().clone()]
+    grad_room = gpu(torch.zeros(n + off, dtype=dtype))
+    grad_room[off:] = gpu(grads)
+    theirs.grad, mine.grad = grads.clone(), grad_room[off:]
+    for optimizer in optimizers:
+        optimizer.step()
+    check(optimizers, params, before)
+    assert (room.detach()[:off] == 7).all() and (room.detach()[off + n :] == 7).all()
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_gradients_that_are_not_finite(on_gpu, bits) -> None:
+    """fp32 states go the way of IEEE's arithmetic; 8-bit states lose the value and nothing else.
+    1e25 is finite, its square is not."""
+    gpu = on_gpu()
+    params = pair(gpu, random([8192], torch.float32))
+    optimizers = [optim.AdamW(p, optim_bits=bits, **OPTIONS) for p in params]
+    for t in range(2):
+        before = [p.detach().clone() for p in params[1]]
+        (grad,) = random([8192], torch.float32, seed=t)
+        bad = [float("nan"), float("inf"), -float("inf"), 1e25, -0.0]
+        grad[torch.tensor([5, 300, 301, 4000, 8191])] = torch.tensor(bad)
+        train(gpu, optimizers, params, [grad])
+        if bits == 8:
+            check(optimizers, params, before)
+            assert params[0][0].isfinite().all()
+            for i in (5, 300, 301, 4000):
+                assert params[0][0][i] == before[0][i]
+        else:
+            assert all(same(a, b) for a, b in zip(*params, strict=True))
+        with torch.no_grad():
+            params[0][0].copy_(params[1][0])
+
+
+def test_hard_values_of_8_bit_states(on_gpu) -> None:
+    """Blocks of zeros, of denormals, of one large value among tiny ones of either sign."""
+    gpu = on_gpu()
+    params = pair(gpu, random([4096 + 100], torch.float32))
+    optimizers = [optim.AdamW8bit(p, lr=1e-2, eps=1e-8) for p in params]
+    for t in range(3):
+        before = [p.detach().clone() for p in params[1]]
+        (grad,) = random([4096 + 100], torch.float32, seed=t)
+        grad[:256] = 0
+        grad[256:512] *= 1e-38
+        grad[512:768] *= 1e-12
+        grad[600] = 1e8
+        grad[768:1024] = torch.logspace(-12, 3, 256) * torch.tensor([1, -1]).repeat(128)
+        grad[1024:1280] = -0.0
+        train(gpu, optimizers, params, [grad])
+        check(optimizers, params, before)
+        with torch.no_grad():
+            params[0][0].copy_(params[1][0])
+
+
+def test_every_boundary_between_codes(on_gpu) -> None:
+    """Values on, just below and just above each boundary, and each code itself: one step from
+    states of zero with beta1 = 0 leaves m = g and v = (1 - beta2) g^2."""
+    gpu = on_gpu()
+    code = optim.nested_code()
+    middles = (code[1:] + code[:-1]) / 2
+    near = [middles, torch.nextafter(middles, torch.tensor(2.0)),
+            torch.nextafter(middles, torch.tensor(-2.0)), code]  # fmt: skip
+    values = torch.cat(near)
+    unsigned = optim.unsigned_code()
+    middles = (unsigned[1:] + unsigned[:-1]) / 2
+    values = torch.cat([values, middles.sqrt(), unsigned.sqrt(),
+                        torch.logspace(-30, 0, 500), -torch.logspace(-30, 0, 500)])  # fmt: skip
+    rows = torch.nn.functional.pad(values, (0, -values.numel() % 255)).view(-1, 255)
+    grad = torch.cat([rows, torch.ones(len(rows), 1)], 1).reshape(-1)  # absmax is 1
+    grad = torch.nn.functional.pad(grad, (0, max(0, 4096 - grad.numel())))
+    params = pair(gpu, [torch.zeros_like(grad)])
+    optimizers = [optim.AdamW8bit(p, lr=1e-2, betas=(0.0, 0.5)) for p in params]
+    train(gpu, optimizers, params, [grad])
+    check(optimizers, params, [torch.zeros_like(grad)])
+    m = optim.dequantize_state(optimizers[0].state[params[0][0]]["state1"].cpu(), code,
+                               optimizers[0].state[params[0][0]]["absmax1"].cpu())  # fmt: skip
+    assert ((grad < 0) == (m < 0)).all()
+
+
+def test_search_tables_find_the_nearest_code() -> None:
+    """Words of the tables, decoded as adamw.cu does, on a value of every bucket and its ends."""
+    maps = optim.state_maps().numpy().view(np.uint32)
+    each = maps.size // 2
+    for i, (dropped, signs) in enumerate(((17, (1, -1)), (16, (1,)))):
+        code = maps[i * each :][:256].view(np.float32)
+        search = maps[i * each + 256 :][: optim._SEARCH]
+        sizes = np.unique(np.concatenate([
+            np.arange(0x34000000, 0x3F800001, 1 << 10, dtype=np.uint32),
+            np.arange(0x34000000, 0x3F800001, 1 << dropped, dtype=np.uint32) - np.uint32(1),
+        ]))[1:]  # fmt: skip
+        for sign in signs:
+            bits = sizes if sign > 0 else ~sizes
+            bucket = (sizes >> dropped) - (0x34000000 >> dropped)
+            words = search[bucket + (optim._SEARCH // 2 if sign < 0 else 0)]
+            found = (words + (bits << np.uint32(24 - dropped))) >> np.uint32(24)
+            values = torch.from_numpy(sizes.view(np.float32)) * sign
+            want = torch.empty(values.numel(), dtype=torch.uint8)
+            middles = optim._middles(torch.from_numpy(code.copy()))
+            want = torch.bucketize(values, middles).numpy()
+            zero = int(np.searchsorted(code, 0.0))
+            if sign < 0:
+                want = np.minimum(want, zero - 1)
+            assert (found == want).all()
+
+
+def test_search_table_refuses_a_code_too_fine() -> None:
+    with pytest.raises(ValueError, match="two boundaries"):
+        optim.search_table(optim.unsigned_code().numpy(), 19, False)
+    tiny = np.sort(np.concatenate([[0, 1e-9], np.linspace(0.1, 1, 254)])).astype(np.float32)
+    with pytest.raises(ValueError, match="below 2"):
+        optim.search_table(tiny, 16, False)
+
+
+def test_groups_steps_and_what_the_kernel_does_not_take(on_gpu) -> None:
+    """Options and steps of their own; not contiguous, or a gradient of another dtype: torch's."""
+    gpu = on_gpu()
+    values = random([4100, 5000, 64], torch.bfloat16)
+    params = pair(gpu, values)
+    turned = torch.randn(40, 30)
+    odd = [gpu(turned.clone()).T.requires_grad_(), turned.clone().T.requires_grad_()]
+    gpu.mine.add(odd[0].data_ptr())
+    optimizers = [
+        optim.AdamW([{"params": [p[0], p[2]], "lr": 0.1}, {"params": [p[1], o]}])
+        for p, o in zip(params, odd, strict=True)
+    ]
+    for t in range(3):
+        grads = random([4100, 5000, 64], torch.bfloat16, seed=t)
+        turned_grad = torch.randn(30, 40)
+        for p, o, move in zip(params, odd, (gpu, lambda g: g.clone()), strict=True):
+            for one, g in zip(p, grads, strict=True):
+                one.grad = move(g)
+            if t == 1:
+                p[2].grad = None  # its step falls behind
+            o.grad = move(turned_grad)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in [*zip(*params, strict=True), tuple(odd)]:
+        assert same(a, b)
+    assert optimizers[0].state[params[0][2]]["step"] == 2
+
+
+def test_results_do_not_depend_on_the_order_of_warps_and_blocks(on_gpu) -> None:
+    results = []
+    for seed in range(4):
+        gpu = on_gpu(seed=seed)
+        (mine, _) = pair(gpu, random([70001, 5000], torch.float32))
+        optimizer = optim.AdamW8bit(mine, **OPTIONS)
+        for p, g in zip(mine, random([70001, 5000], torch.float32, seed=3), strict=True):
+            p.grad = gpu(g)
+        optimizer.step()
+        results.append([*(p.detach().cpu() for p in mine),
+                        *(optimizer.state[p][n].cpu() for p in mine
+                          for n in ("state1", "state2", "absmax1", "absmax2"))])  # fmt: skip
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# --- paged ---------------------------------------------------------------------------------------
+
+PLENTY = 1 << 40
+
+
+@pytest.mark.parametrize(
+    ("want", "size", "figures"),
+    [
+        ("managed", 100, (True, True, 1000, 1000)),
+        ("managed", 1700, (True, True, 1000, 1000)),  # device and host together
+        ("pinned", 1900, (True, True, 1000, 1000)),  # nine tenths of 2000 are 1800
+        ("managed", 800, (True, False, 1000, PLENTY)),
+        ("pinned", 1000, (True, False, 1000, PLENTY)),  # Windows: the device has to hold it all
+        ("pinned", 1, (False, False, PLENTY, PLENTY)),
+        ("pinned", 1, (True, True, 0, 0)),
+    ],
+)
+def test_where_states_go(want, size, figures) -> None:
+    names = ("managed", "concurrent", "device_free", "host_free")
+    assert paging.choose(size, **dict(zip(names, figures, strict=True))) == want
+
+
+def test_host_free_is_within_the_machine() -> None:
+    total = next(int(line.split()[1]) for line in open("/proc/meminfo") if "MemTotal" in line)
+    assert 0 < paging.host_free() < total * 1024
+
+
+@pytest.fixture(autouse=True)
+def _no_notice_yet(monkeypatch) -> None:
+    monkeypatch.setattr(paging, "_NOTICED", False)
+
+
+def managed(gpu: Gpu) -> list[int]:
+    """Sizes of the managed allocations that the stand-in has."""
+    return [b.size for b in gpu.runtime.buffers if b.kind == "managed"]
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_paged_states_are_managed_fetched_and_freed(on_gpu, bits) -> None:
+    gpu = on_gpu()
+    sizes = [5000 + i for i in range(130)]
+    params = pair(gpu, random(sizes, torch.float32))
+    optimizers = [optim.AdamW(p, optim_bits=bits, is_paged=True, **OPTIONS) for p in params]
+    for t in range(2):
+        before = [p.detach().clone() for p in params[1]]
+        train(gpu, optimizers, params, random(sizes, torch.float32, seed=t))
+        check(optimizers, params, before)
+        with torch.no_grad():
+            for a, b in zip(*params, strict=True):
+                a.copy_(b)
+    state = optimizers[0].state[params[0][0]]
+    assert state["state1"].device.type == gpu.device.type and not state["state1"].is_pinned()
+    if REAL:
+        return
+    assert len(managed(gpu)) == len(sizes)
+    calls = gpu.runtime.calls
+    assert calls.count("cudaMemPrefetchAsync") == 2 * len(sizes), "one range a parameter"
+    step = calls[calls.index("cudaMemPrefetchAsync") :]
+    launches = [i for i, c in enumerate(step) if c == "launch"][:3]
+    ahead = [step[:i].count("cudaMemPrefetchAsync") for i in launches]
+    assert ahead == [120, 130, 130], "fetched one launch ahead"
+    del state, optimizers, params
+    assert managed(gpu) == []
+
+
+def test_no_prefetch_where_memory_is_not_shared_or_a_graph_is_captured(on_gpu, monkeypatch) -> None:
+    gpu = on_gpu()
+    if REAL:
+        pytest.skip("of the stand-in's devices")
+    params = pair(gpu, random([5000], torch.float32))
+    optimizers = [optim.PagedAdamW(p, **OPTIONS) for p in params]
+    before = [params[1][0].detach().clone()]
+    table = runtime.device_attribute
+    monkeypatch.setattr(runtime, "device_attribute", lambda d, a: 0 if a == 89 else table(d, a))
+    train(gpu, optimizers, params, random([5000], torch.float32))
+    check(optimizers, params, before)
+    assert managed(gpu) and "cudaMemPrefetchAsync" not in gpu.runtime.calls
+    monkeypatch.setattr(runtime, "device_attribute", table)
+
+    lib, stream, graph = gpu.lib, ctypes.c_void_p(), ctypes.c_void_p()
+    assert lib.cudaStreamCreateWithFlags(ctypes.byref(stream), 1) == 0
+    assert lib.cudaStreamBeginCapture(stream, 0) == 0
+    lib.qlk_emulated_stream(stream)
+    before = [params[0][0].detach().clone()]
+    optimizers[0].step()
+    lib.qlk_emulated_stream(None)
+    assert lib.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0
+    ready = ctypes.c_void_p()
+    assert lib.cudaGraphInstantiate(ctypes.byref(ready), graph, 0) == 0
+    assert "cudaMemPrefetchAsync" not in gpu.runtime.calls
+    assert torch.equal(params[0][0].detach(), before[0]), "captured, not run"
+    assert lib.cudaGraphLaunch(ready, stream) == 0 and lib.cudaStreamSynchronize(stream) == 0
+    optimizers[1].step()
+    assert same(params[0][0], params[1][0])
+    lib.qlk_emulated_release()
+
+
+def test_launches_wait_for_what_is_fetched(on_gpu) -> None:
+    """In any order that streams and events allow, with three launches on a stream of the test's."""
+    if REAL:
+        pytest.skip("of the stand-in's orders")
+    sizes = [300 + i for i in range(150)]
+    want: list[Tensor] = []
+    for seed in range(4):
+        gpu = on_gpu(order="deferred", seed=seed)
+        params = pair(gpu, random(sizes, torch.float32))
+        optimizer = optim.PagedAdamW(params[0], **OPTIONS)
+        for p, g in zip(params[0], random(sizes, torch.float32, seed=4), strict=True):
+            optimizer.state[p] = optimizer._start(p)
+            p.grad = g
+        gpu.runtime.synchronize()
+        stream = gpu.runtime.stream(blocking=False)
+        gpu.lib.qlk_emulated_stream(stream)
+        optimizer.step()
+        # A launch waits for its own states to be there.
+        order: list[str] = []
+        pending = {id(op): op for op in gpu.runtime._pending}
+        for op in pending.values():
+            run = op.run
+            op.run = lambda run=run, what=op.what, to=order: (to.append(what), run())
+        gpu.lib.qlk_emulated_release()
+        gpu.lib.qlk_emulated_stream(None)
+        fetched = launched = 0
+        for what in order:
+            fetched += what == "cudaMemPrefetchAsync"
+            if "adamw" in what:
+                launched += 1
+                assert fetched >= min(60 * launched, 150)
+            assert fetched <= 60 * (launched + 2), "no more than a launch ahead of the next"
+        assert launched == 3
+        got = [p.detach().clone() for p in params[0]]
+        want = want or got
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        del optimizer, params
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_an_allocation_that_fails_falls_to_the_host(on_gpu, monkeypatch, fails) -> None:
+    """The ``fails``-th managed allocation: its parameter's states lie on the host, all of them, are
+    copied for the update, and it is said once."""
+    if REAL:
+        pytest.skip("a real driver cannot be told to fail")
+    gpu = on_gpu(strict=False)
+    allocate, count = gpu.runtime._allocate, []
+
+    def planted(size: int, kind: str) -> int:
+        count.append(kind)
+        if kind == "managed" and count.count("managed") == fails:
+            raise runtime._Refused(runtime.OUT_OF_MEMORY, "planted")
+        return allocate(size, kind)
+
+    monkeypatch.setattr(gpu.runtime, "_allocate", planted)
+    sizes = [5000, 6000, 7000]
+    params = pair(gpu, random(sizes, torch.float32))
+    takes = optim.AdamW._kernel_takes  # what is on the host is, to a GPU, on another device
+
+    def on_device(t: Tensor) -> bool:
+        return gpu.runtime._find(t.data_ptr()) is not None
+
+    monkeypatch.setattr(
+        optim.AdamW,
+        "_kernel_takes",
+        lambda self, p, state: takes(self, p, state) and on_device(state["state1"]),
+    )
+    optimizers = [optim.PagedAdamW8bit(p, **OPTIONS) for p in params]
+    before = [p.detach().clone() for p in params[1]]
+    with pytest.warns(UserWarning, match="more of managed memory .* are not to be had") as said:
+        train(gpu, optimizers, params, random(sizes, torch.float32, seed=2))
+    assert len(said) == 1
+    check(optimizers, params, before)
+    assert len(managed(gpu)) == 2
+    for i, p in enumerate(params[0]):
+        states = [t for t in optimizers[0].state[p].values() if isinstance(t, Tensor)]
+        inside = [on_device(t) for t in states]
+        assert len(states) == 4 and set(inside) == {i != fails - 1}
+
+
+def test_no_room_at_all_leaves_no_state(on_gpu, monkeypatch) -> None:
+    gpu = on_gpu(strict=False)
+    params, _ = pair(gpu, random([5000], torch.float32))
+    optimizer = optim.PagedAdamW(params)
+    params[0].grad = gpu(torch.ones(5000))
+
+    def nothing(*_, **__):
+        raise MemoryError("planted")
+
+    monkeypatch.setattr(paging, "zeros", nothing)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert not optimizer.state[params[0]]
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_state_dict_of_managed_states(on_gpu, bits, tmp_path) -> None:
+    gpu = on_gpu()
+    values = random([5000, 70], torch.float32)
+    whole, parts = pair(gpu, values)[0], pair(gpu, values)[0]
+    one = optim.AdamW(whole, optim_bits=bits, is_paged=True)
+    first = optim.AdamW(parts, optim_bits=bits, is_paged=True)
+
+    def go(optimizer, params, seed):
+        for p, g in zip(params, random([5000, 70], torch.float32, seed=seed), strict=True):
+            p.grad = gpu(g)
+        optimizer.step()
+
+    go(one, whole, 1), go(one, whole, 2)
+    go(first, parts, 1)
+    torch.save(first.state_dict(), tmp_path / "optimizer.pt")
+    second = optim.AdamW(parts, optim_bits=bits, is_paged=True)
+    second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    if not REAL:
+        state = second.state[parts[0]]
+        assert gpu.runtime._find(state["state1"].data_ptr()).kind == "managed"
+    go(second, parts, 2)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    for a, b in zip(whole, parts, strict=True):
+        for name, t in one.state[a].items():
+            other = second.state[b][name]
+            assert torch.equal(t, other) if isinstance(t, Tensor) else t == other
+
+
+def test_bad_arguments_are_named(on_gpu) -> None:
+    gpu = on_gpu()
+    p, g, s = gpu(torch.ones(300), torch.ones(300), torch.zeros(300))
+    eight = gpu(torch.zeros(300, dtype=torch.uint8))
+    scales, maps = gpu(torch.zeros(2)), gpu(optim.state_maps())
+
+    def call(p=p, g=(g,), s1=s, s2=s, a1=(), a2=(), maps=None, scalars=(0.5,) * 8):
+        gpu.ops.adamw_([p], list(g), [s1], [s2], list(a1), list(a2), maps, list(scalars), False)
+
+    bad = {
+        "grads, state1 and state2 must be lists of 1": {"g": ()},
+        "grad must be contiguous with 300 values": {"g": (g[:299],)},
+        "grad must be contiguous": {"g": (g.half(),)},
+        "state1 must be contiguous": {"s1": eight},
+        "state2 must be contiguous": {"s2": s[::2]},
+        "absmax1 and absmax2 must be lists of 0": {"a1": (scales,)},
+        "absmax1 and absmax2 must be lists of 1": {"maps": maps},
+        "absmax2 must be contiguous with 2 values": {
+            "maps": maps, "s1": eight, "s2": eight, "a1": (scales,), "a2": (scales[:1],)
+        },
+        "maps must be contiguous with 6408 values": {
+            "maps": maps[1:], "s1": eight, "s2": eight, "a1": (scales,), "a2": (scales,)
+        },
+        "scalars must be beta1": {"scalars": (1.0,)},
+        "p must be float32, bfloat16 or float16": {"p": p.double()},
+    }  # fmt: skip
+    for words, arguments in bad.items():
+        with pytest.raises(RuntimeError, match=words):
+            call(**arguments)
+    assert gpu.kernels == []
+    gpu.ops.adamw_([p[:0]], [g[:0]], [s[:0]], [s[:0]], [], [], None, [0.5] * 8, False)
+    assert gpu.kernels == []
+
+
+def test_switched_off_by_name(monkeypatch) -> None:
+    assert cuda.enabled("adamw") and cuda.disabled_mask("adamw") == 0
+    for names in ("adamw", "gemm, adamw", "all"):
+        monkeypatch.setenv("QLORA_KERNELS_DISABLE", names)
+        assert not cuda.enabled("adamw")
+        cuda.disabled_by_user()
+    monkeypatch.setenv("QLORA_KERNELS_DISABLE", "adam")
+    with pytest.raises(ValueError, match="adamw, and all"):
+        cuda.disabled_by_user()
