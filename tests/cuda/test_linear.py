@@ -242,7 +242,7 @@ def test_nothing_asked_and_no_rows(gpu) -> None:
 SHAPES = [(11, 256), (129, 4160 - 32), (40, 100), (7, 33)]
 ROWS = {
     "decode_simt": (1, 2, 3, 4),
-    "decode_mma": (1, 2, 4, 8, 9, 15),
+    "decode_mma": (1, 2, 4, 8, 9, 15, 32),
     "gemm": (16, 17, 33, 1),
 }
 

@@ -132,9 +132,7 @@ def test_auto_is_bf16_only_where_the_hardware_has_it(folder: Path) -> None:
 @pytest.mark.parametrize("capability, want", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
 def test_auto_on_a_gpu_goes_by_its_capability(monkeypatch, capability, want) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda *_: True
-    )
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     assert default_dtype() == want
 
