@@ -27,11 +27,12 @@ FUSED = tuple(r for r in cuda.routes() if r != "large")
 ROUTES = cuda.routes() if REAL else FUSED
 BF16 = torch.bfloat16
 SMALL = "rtx3050-laptop"  # few multiprocessors, and so few CTAs
-# What an op may ask of the runtime: what does not wait, and takes no memory. The last three are the
-# emulator's own way to know the tensors.
+# What an op may ask of the runtime: what does not wait, and takes no memory. The last two lines
+# are the emulator's own way to know the tensors.
 HARMLESS = {
     "launch", "cudaFuncSetAttribute", "cudaDeviceGetAttribute", "cudaGetDevice", "cudaMemsetAsync",
-    "cudaHostRegister", "cudaHostUnregister", "cudart_stub_uninitialized",
+    "cudaHostRegister", "cudaHostUnregister", "cudaPointerGetAttributes",
+    "cudart_stub_uninitialized",
 }  # fmt: skip
 
 
