@@ -48,6 +48,14 @@ class Gpu:
         return [launch.name for launch in self.runtime.launches] if self.runtime else []
 
 
+def fresh(gpu: Gpu) -> Gpu:
+    """All routes on: the library is one for the whole process, and remembers what a test before
+    switched off."""
+    for index in (0, 1):
+        gpu.lib.qlk_cuda_disable(index, 0)
+    return gpu
+
+
 @pytest.fixture
 def make_gpu(request: pytest.FixtureRequest) -> Iterator[Callable[..., Gpu]]:
     """``make_gpu("a100", order="deferred", ...)``: a GPU; the arguments are the emulator's."""
@@ -55,13 +63,13 @@ def make_gpu(request: pytest.FixtureRequest) -> Iterator[Callable[..., Gpu]]:
 
     def make(device: str = "h100", **options: Any) -> Gpu:
         if REAL:
-            return Gpu(None)
+            return fresh(Gpu(None))
         library = request.getfixturevalue("emulated_library")
         while made:
             made.pop().__exit__(None, None, None)
         runtime = EmulatedRuntime(device, library, **options).__enter__()
         made.append(runtime)
-        return Gpu(runtime)
+        return fresh(Gpu(runtime))
 
     yield make
     for runtime in made:
