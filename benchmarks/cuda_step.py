@@ -102,19 +102,13 @@ def ours(m: int, n: int, k: int, r: int, device: Device) -> list[Operation]:
         if plan.route == "gemm":
             seconds = fused(device, int(backward), m, n, k, r, plan)
             found.append(Operation("fused", seconds=seconds - device.launch))
-        elif not backward:
-            found += [
-                Operation("dequantize", seconds=dequantization(n, k, device)),
-                matmul("x W^T", m, n, k), *casts(n, k, r), matmul("S", m, r, k),
-                Operation("S to fp32", bytes=m * r * (BF16 + FP32)),
-                matmul("y += S B^T", m, n, r, added=True),
-            ]  # fmt: skip
         else:
+            outs, ins = (k, n) if backward else (n, k)
             found += [
                 Operation("dequantize", seconds=dequantization(n, k, device)),
-                matmul("dY W", m, k, n), *casts(n, k, r), matmul("dS", m, r, n),
-                Operation("dS to fp32", bytes=m * r * (BF16 + FP32)),
-                matmul("dX += dS A", m, k, r, added=True),
+                matmul("dY W" if backward else "x W^T", m, outs, ins), *casts(n, k, r),
+                matmul("S or dS", m, r, ins), Operation("to fp32", bytes=m * r * (BF16 + FP32)),
+                matmul("LoRA's part, added", m, outs, r, added=True),
             ]  # fmt: skip
         if backward:
             rounded = Operation("to bf16", bytes=m * r * (BF16 + FP32))  # S; a fused dS too

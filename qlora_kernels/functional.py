@@ -206,7 +206,8 @@ def checkpoint_entries(state: QuantState, fmt: Format | None = None) -> dict[str
         try:
             fmt = get_format(str(state.quant_type))
         except FormatError:  # came with a checkpoint, and is not registered here
-            scale = "fp32" if state.absmax.dtype != torch.int8 else "e4m3" if offset else "e8m0"
+            scale = "e8m0" if offset is None else "e4m3"
+            scale = scale if state.absmax.dtype == torch.int8 else "fp32"
             fmt = Format(str(state.quant_type), code.tolist(), scale=scale)
     info: dict[str, Any] = {
         "quant_type": fmt.name,

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .control_group import control_group_room
+
 SHARE = 0.9
 """Of the memory that is free, how much states may take: kernels, the allocator and the system take
 some too."""
@@ -53,24 +55,15 @@ def choose(size: int, *, managed: bool, concurrent: bool, device_free: int, host
 
 
 def host_free() -> int:
-    """Bytes of the host's memory that may be taken, within its control group's limit."""
+    """Bytes of the host's memory that may be taken, within its control groups' limits."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
-                break
-        else:
-            return 0
+                return max(0, min([free, *control_group_room()]))
     except OSError:
-        return 0
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        free = min(free, max(limit - used, 0))
-    except (OSError, ValueError):  # no limit, or not this kind of groups
         pass
-    return free
+    return 0
 
 
 class Block:

@@ -49,10 +49,11 @@ class Gpu:
 
 
 def fresh(gpu: Gpu) -> Gpu:
-    """All routes on: the library is one for the whole process, and remembers what a test before
-    switched off."""
+    """All routes on and the usual cap: the library is one for the whole process, and remembers what
+    a test before has set."""
     for index in (0, 1):
         gpu.lib.qlk_cuda_disable(index, 0)
+    gpu.lib.qlk_cuda_workspace_cap(ctypes.c_int64(0))
     return gpu
 
 

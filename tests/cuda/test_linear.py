@@ -172,15 +172,6 @@ def only(gpu, *routes: str) -> None:
     gpu.lib.qlk_cuda_disable(0, off)
 
 
-@pytest.fixture(autouse=True)
-def _all_routes(request):
-    yield
-    gpu = request.node.funcargs.get("gpu")
-    if gpu is not None:
-        gpu.lib.qlk_cuda_disable(0, 0)
-        gpu.lib.qlk_cuda_workspace_cap(0)
-
-
 COMPUTE = [torch.bfloat16, torch.float16]
 
 

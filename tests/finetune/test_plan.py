@@ -235,13 +235,13 @@ def test_limits_of_control_groups(tmp_path, monkeypatch):
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(planning.Path, "read_text", read_text)
-    assert sorted(planning._control_group_room(tmp_path)) == [50, 450, 800]
+    assert sorted(planning.control_group_room(tmp_path)) == [50, 450, 800]
     group(tmp_path / "a" / "b" / "c", "nonsense", 850, 0)
-    assert sorted(planning._control_group_room(tmp_path)) == [450, 800]
+    assert sorted(planning.control_group_room(tmp_path)) == [450, 800]
 
 
 def test_the_smallest_room_is_the_limit(monkeypatch):
-    monkeypatch.setattr(planning, "_control_group_room", lambda: [123, 77])
+    monkeypatch.setattr(planning, "control_group_room", lambda: [123, 77])
     room, who = available_memory()
     assert who == "the control group's limit"
     assert room == pytest.approx(resident_memory() + 77, abs=50 << 20)
