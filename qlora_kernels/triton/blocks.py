@@ -15,7 +15,7 @@ A kernel calls, in this order::
     scalar = load_scalar(nested_offset, SCALES)                     # once
     book = load_codebook(codebook, WAY)                             # once
     scale = load_scale(block, absmax, ..., scalar, SCALES, mask)    # fp32, the shape of `block`
-    w = decode(bytes, scale, book, DTYPE, WAY)                      # [..., n] bytes: [..., 2n]
+    w = decode(words, scale, book, DTYPE, WAY)                      # [..., n] words: [..., 8n]
 
 Nothing of it reads global memory for each weight. Launch with ``OPTIONS``: without them the
 compiler makes an fma of the nested scale, and two roundings become one.
@@ -118,6 +118,18 @@ def lookup(codes, book):
     return tl.gather(book, codes.reshape([codes.numel]), 0).reshape(codes.shape)
 
 
+@triton.jit
+def decode_bytes(packed, scale, book, DTYPE: tl.constexpr):
+    """``round_to_DTYPE(codebook[q] * scale)``: ``[..., 2n]`` from uint8 ``[..., n]``, by GATHER.
+
+    ``scale`` is of a shape that broadcasts to that of ``packed``.
+    """
+    codes = packed.to(tl.int32)
+    earlier = (lookup(codes >> 4, book) * scale).to(DTYPE)
+    later = (lookup(codes & 15, book) * scale).to(DTYPE)
+    return tl.interleave(earlier, later)
+
+
 # One block's values, rounded, as two planes of bytes: $0 ... $3 the low bytes of values 0-3, 4-7,
 # ..., $4 ... $7 the high ones; $8 is the scale, $9 ... $24 the codebook. 32 instructions.
 def _table_asm(dtype: str) -> str:
@@ -137,12 +149,10 @@ def _table_asm(dtype: str) -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-# Four bytes, $4, to four pairs of values, $0 ... $3, the earlier in a pair's low half. PRMT picks 4
-# bytes out of 8 by 4 selectors of 3 bits; a mask of the codes' top bits chooses between the two
-# halves of the table. 22 instructions. An operand that is the same for the four bytes is four
-# operands, $5 ... $8 the first.
+# Eight codes, $4, to four pairs of values, $0 ... $3, by a table, $5 ... $12. The earlier of a pair
+# is in its low half. PRMT picks 4 bytes out of 8 by 4 selectors of 3 bits; a mask of the codes' top
+# bits chooses between the two halves of the table. 22 instructions.
 def _decode_asm() -> str:
-    low, high = ([f"${5 + 4 * (plane * 4 + j)}" for j in range(4)] for plane in range(2))
     lines = [
         ".reg .b32 bits, shifted, picks, top, a, b, l, h;",
         "and.b32 bits, $4, 0x77777777;",
@@ -153,10 +163,10 @@ def _decode_asm() -> str:
             f"shr.u32 picks, bits, {16 * half};",
             f"prmt.b32 top, $4, shifted, {tops:#x};",
         ]
-        for plane, table in (("l", low), ("h", high)):
+        for plane, first in (("l", 5), ("h", 9)):
             lines += [
-                f"prmt.b32 a, {table[2]}, {table[3]}, picks;",
-                f"prmt.b32 b, {table[0]}, {table[1]}, picks;",
+                f"prmt.b32 a, ${first + 2}, ${first + 3}, picks;",
+                f"prmt.b32 b, ${first}, ${first + 1}, picks;",
                 f"lop3.b32 {plane}, top, a, b, 0xca;",
             ]
         lines += [
@@ -170,30 +180,37 @@ _TABLE_BF16 = tl.constexpr(_table_asm("bf16"))
 _TABLE_F16 = tl.constexpr(_table_asm("f16"))
 _TABLE_OPERANDS = tl.constexpr(",".join(["=&r"] * 8 + ["f"] * 17))
 _DECODE = tl.constexpr(_decode_asm())
-_DECODE_OPERANDS = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 33))
+_DECODE_OPERANDS = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 9))
 
 
 @triton.jit
-def decode(bytes, scale, book, DTYPE: tl.constexpr, WAY: tl.constexpr):
-    """``round_to_DTYPE(codebook[q] * scale)``: ``[..., 2n]`` from uint8 ``[..., n]``.
+def decode(words, scale, book, DTYPE: tl.constexpr, WAY: tl.constexpr):
+    """``round_to_DTYPE(codebook[q] * scale)``: ``[..., 8n]`` from uint32 ``[..., n]``, read from
+    packed bytes at a multiple of 4.
 
-    ``scale`` is of a shape that broadcasts to that of ``bytes``. With PRMT a table is made for each
+    ``scale`` is of a shape that broadcasts to that of ``words``. With PRMT a table is made for each
     of its elements, so make it ``[..., 1]``: one a block.
     """
     if WAY == GATHER:
-        codes = bytes.to(tl.int32)
-        earlier = (lookup(codes >> 4, book) * scale).to(DTYPE)
-        later = (lookup(codes & 15, book) * scale).to(DTYPE)
-        return tl.interleave(earlier, later)
+        halves = tl.interleave(words.to(tl.uint16), (words >> 16).to(tl.uint16))
+        packed = tl.interleave(halves.to(tl.uint8), (halves >> 8).to(tl.uint8))
+        codes = packed.to(tl.int32)
+        earlier, later = lookup(codes >> 4, book), lookup(codes & 15, book)
+        values = tl.interleave(earlier, later)
+        rows: tl.constexpr = words.shape[:-1]
+        values = values.reshape(rows + [words.shape[-1], 8]) * tl.expand_dims(scale, -1)
+        return values.to(DTYPE).reshape(rows + [words.shape[-1] * 8])
     else:
         planes = tl.inline_asm_elementwise(
             _TABLE_BF16 if DTYPE == tl.bfloat16 else _TABLE_F16, _TABLE_OPERANDS, (scale,) + book,
             (tl.uint32, tl.uint32, tl.uint32, tl.uint32,
              tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
         )  # fmt: skip
-        pairs = tl.inline_asm_elementwise(
-            _DECODE, _DECODE_OPERANDS, (bytes,) + planes, tl.uint32, is_pure=True, pack=4
-        )
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            _DECODE, _DECODE_OPERANDS, (words,) + planes,
+            (tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+        )  # fmt: skip
+        pairs = tl.interleave(tl.interleave(p0, p2), tl.interleave(p1, p3))
         earlier = pairs.to(tl.uint16).to(DTYPE, bitcast=True)
         later = (pairs >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
         return tl.interleave(earlier, later)
