@@ -17,7 +17,8 @@ neighbour wins a tie. A format may give its own thresholds and say which ties th
 that side is folded into the threshold (moved down by one ulp), so that kernels know one rule only.
 
 Scales stand beside the codes, one a block: ``fp32`` absmax, or ``nested`` (double quantization,
-QLoRA section 3): an 8-bit dynamic code, one fp32 nested absmax per 256 blocks and one fp32 offset.
+QLoRA section 3): an 8-bit code, one fp32 nested absmax per 256 blocks and one fp32 offset. What the
+256 codes mean is data too, a `ScaleCode`; QLoRA's is the dynamic code.
 """
 
 from __future__ import annotations
@@ -65,6 +66,48 @@ def _f32(values: Sequence[float], what: str, count: int) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
+class ScaleCode:
+    """What the 256 codes of double-quantized scales mean.
+
+    A block's scale is ``float32(values[code] * nested_absmax) + offset``: with values of your own a
+    scale is any number of 8 bits that you like, in every kernel.
+
+    Args:
+        name: how it is called, in checkpoints too.
+        values: 256 finite values, ascending. A scale (less the offset) is divided by the largest
+            magnitude among its group of 256 first, so that values in [-1, 1] are of use, and in
+            [0, 1] where nothing is taken off. It gets the nearest one; the lower wins a tie.
+        centered: take the mean of all scales off them first, as QLoRA does; the offset is 0 if not.
+
+    Raises:
+        FormatError: a wrong count, NaN or infinities, values that do not ascend.
+    """
+
+    name: str
+    values: Sequence[float]
+    centered: bool = True
+
+    def __post_init__(self) -> None:
+        values = _f32(self.values, f"the scale code {self.name!r}", 256)
+        if np.any(np.diff(values) < 0) or values[0] == values[-1]:
+            raise FormatError(f"the values of the scale code {self.name!r} must ascend")
+        limits = np.float32(0.5) * values[:-1] + np.float32(0.5) * values[1:]
+        object.__setattr__(self, "_tables", (values, limits))
+
+    @property
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """``(values fp32[256], thresholds fp32[255])``."""
+        return self._tables  # type: ignore[attr-defined, no-any-return]
+
+    def same(self, other: ScaleCode | None) -> bool:
+        """Whether it gives the same codes and the same scales."""
+        return other is not None and (
+            self.centered == other.centered
+            and all(np.array_equal(a, b) for a, b in zip(self.tables, other.tables, strict=True))
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Format:
     """A 4-bit format: what each of the 16 codes means and which code a value gets.
 
@@ -79,10 +122,11 @@ class Format:
             The default is the lower one everywhere.
         scale: the kind of its blocks' scales, one of :data:`SCALES`; the last two, chosen as
             reference.normalize_scaled says, are one byte and not double-quantized.
+        scale_code: what double quantization writes its scales with; None is QLoRA's dynamic code.
 
     Raises:
         FormatError: a wrong count, NaN or infinities, all values alike, unsorted thresholds, a kind
-            of scale that is not offered.
+            of scale that is not offered, a scale code for scales that are one byte already.
     """
 
     name: str
@@ -91,8 +135,13 @@ class Format:
     ties: Sequence[bool] | None = None
     description: str = ""
     scale: str = "fp32"
+    scale_code: ScaleCode | None = None
 
     def __post_init__(self) -> None:
+        if self.scale_code is not None and self.scale != "fp32":
+            raise FormatError(
+                f"{self.name!r} has {self.scale} scales of one byte, so scale_code must be None"
+            )
         if not self.name or not all(c.isalnum() or c in "_-." for c in self.name):
             raise FormatError(
                 f"a format's name is letters, digits, '_', '-' or '.', got {self.name!r}"
@@ -133,6 +182,16 @@ class Format:
             constant((self, i), table, device) for i, table in enumerate(self.tables)
         )
 
+    def scale_tensors(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        """``(values fp32[256], thresholds fp32[255])`` of the scale code, on ``device``."""
+        if self.scale_code is None:
+            return nested_code(device), nested_thresholds(device)
+        tables = self.scale_code.tables
+        return (
+            constant((self.scale_code, 0), tables[0], device),
+            constant((self.scale_code, 1), tables[1], device),
+        )
+
     def bits_per_weight(self, blocksize: int, nested: bool) -> float:
         """Bits a weight, constants included: 4.127 for nested scales at a blocksize of 64."""
         check_blocksize(blocksize)
@@ -159,7 +218,8 @@ class Format:
         if FORMATS.get(self.name) is self:
             return get_format, (self.name,)
         args = (
-            self.name, self.codebook, self.thresholds, self.ties, self.description, self.scale
+            self.name, self.codebook, self.thresholds, self.ties, self.description, self.scale,
+            self.scale_code,
         )  # fmt: skip
         return Format, args
 
@@ -267,7 +327,9 @@ def register_format(fmt: Format) -> Format:
     known = FORMATS.get(fmt.name)
     if known is not None and known is not fmt:
         same = all(np.array_equal(a, b) for a, b in zip(known.tables, fmt.tables, strict=True))
-        if not same or known.scale != fmt.scale:
+        codes = known.scale_code, fmt.scale_code
+        same_code = codes[0] is codes[1] or (codes[0] is not None and codes[0].same(codes[1]))
+        if not same or known.scale != fmt.scale or not same_code:
             raise FormatError(f"a different format is already registered as {fmt.name!r}")
         return known
     FORMATS[fmt.name] = fmt

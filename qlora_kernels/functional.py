@@ -195,7 +195,9 @@ def checkpoint_entries(state: QuantState, fmt: Format | None = None) -> dict[str
     mistakes one for the other; a format whose thresholds are not the midpoints of its codebook also
     puts ``thresholds`` (15 values, ties folded in) in the JSON. Dequantization needs ``quant_map``
     alone. Scales of one byte are ``absmax`` int8, and the JSON says of which kind (``scale``), for
-    E4M3 with the tensor's (``tensor_scale``).
+    E4M3 with the tensor's (``tensor_scale``). Of a format's own scale code the JSON has the name
+    (``scale_code``) and whether the mean was taken off (``scale_code_centered``); ``nested_quant_map``
+    has its values.
 
     Args:
         fmt: the state's format, where more is known of it than its name; by name if None.
@@ -229,6 +231,9 @@ def checkpoint_entries(state: QuantState, fmt: Format | None = None) -> dict[str
         prefix = OWN_STATE
         if fmt.thresholds is not None or fmt.ties is not None:
             info["thresholds"] = fmt.tables[1].tolist()
+    if fmt.scale_code is not None and state2 is not None:
+        info["scale_code"] = fmt.scale_code.name
+        info["scale_code_centered"] = fmt.scale_code.centered
     if fmt.scale != "fp32":
         info["scale"] = fmt.scale
         if offset is not None:
@@ -301,13 +306,14 @@ def quantize_4bit(
         )
         state = QuantState(scales, A.shape, codebook, blocksize, fmt.name, A.dtype, tensor_scale)
     if compress_statistics:
-        limits = formats.nested_thresholds(A.device)
+        code, limits = fmt.scale_tensors(A.device)
+        centered = fmt.scale_code is None or fmt.scale_code.centered
         state.absmax, nested, state.offset = torch.ops.qlora_kernels.quantize_absmax(
-            scales, limits, None
+            scales, limits, None if centered else scales.new_zeros([])
         )
         state.state2 = QuantState(
             nested,
-            code=formats.nested_code(A.device),
+            code=code,
             blocksize=formats.NESTED_BLOCKSIZE,
             dtype=torch.float32,
         )

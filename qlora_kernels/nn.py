@@ -47,6 +47,8 @@ from .formats import (
     NESTED_BLOCKSIZE,
     SCALES,
     Format,
+    FormatError,
+    ScaleCode,
     blocks,
     check_blocksize,
     get_format,
@@ -180,7 +182,18 @@ def read_checkpoint_entries(
                 f"{blocksize} needs {size} x {want}"
             )
 
-    fmt = _read_format(name, key, entries["quant_map"], info.get("thresholds"), scale, fail)
+    scale_code = None
+    if nested and "scale_code" in info:
+        values = entries["nested_quant_map"].reshape(-1).tolist()
+        try:
+            scale_code = ScaleCode(
+                str(info["scale_code"]), values, bool(info.get("scale_code_centered", True))
+            )
+        except FormatError as error:
+            raise fail(str(error)) from None
+    fmt = _read_format(
+        name, key, entries["quant_map"], info.get("thresholds"), scale, scale_code, fail
+    )
     device = packed.device
     # bitsandbytes computes with its own table, whatever quant_map's last bit says: so do we.
     code = fmt.tensors(device)[0] if device.type != "meta" else entries["quant_map"]
@@ -209,7 +222,13 @@ def read_checkpoint_entries(
 
 
 def _read_format(
-    name: str, key: str, quant_map: Tensor, thresholds: Any, scale: str, fail: Any
+    name: str,
+    key: str,
+    quant_map: Tensor,
+    thresholds: Any,
+    scale: str,
+    scale_code: ScaleCode | None,
+    fail: Any,
 ) -> Format:
     book = quant_map.cpu().reshape(-1)
     try:
@@ -218,13 +237,18 @@ def _read_format(
         if key.startswith(F4.PEER_STATE):
             raise fail(f"bitsandbytes has no 4-bit format {name!r}") from None
         try:
-            return Format(name, book.tolist(), thresholds, scale=scale)
+            return Format(name, book.tolist(), thresholds, scale=scale, scale_code=scale_code)
         except (ValueError, TypeError) as error:
             raise fail(str(error)) from None
     if not torch.allclose(book, torch.from_numpy(fmt.tables[0]), rtol=0, atol=1e-5):
         raise fail(f"weight.quant_map is not the codebook of {name!r} that is known here")
     if scale != fmt.scale:
         raise fail(f"has {scale} scales, but {name!r} is known here with {fmt.scale}")
+    if scale_code is not None and not scale_code.same(fmt.scale_code):
+        raise fail(
+            f"its scales are of the code {scale_code.name!r}, which is not the one that {name!r} "
+            "is known with here"
+        )
     return fmt
 
 

@@ -261,7 +261,7 @@ def _plain_quantize_absmax(absmax, thresholds, offset) -> tuple[Tensor, Tensor, 
             f"absmax must be float32 [blocks], got {absmax.dtype} {list(absmax.shape)}"
         )
     given = None if offset is None else offset.cpu().reshape(())
-    q, nested, mean = reference.quantize_absmax(absmax.cpu(), given)
+    q, nested, mean = reference.quantize_absmax(absmax.cpu(), given, thresholds.cpu())
     out = (q.to(absmax.device), nested.to(absmax.device), mean.to(absmax.device))
     return (out[0], out[1], out[2].clone())
 

@@ -145,13 +145,16 @@ def mean_in_order(absmax: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_absmax(
-    absmax: torch.Tensor, offset: torch.Tensor | None = None
+    absmax: torch.Tensor,
+    offset: torch.Tensor | None = None,
+    thresholds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Double quantization (QLoRA section 3): 8-bit codes for the fp32 scales.
 
     Args:
         absmax: fp32 ``[blocks]``.
         offset: what is subtracted first; :func:`mean_in_order` unless given.
+        thresholds: fp32 ``[255]`` of the scale code; the dynamic code's unless given.
 
     Returns:
         ``(codes uint8 [blocks], nested_absmax fp32 [ceil(blocks / 256)], offset fp32 [])``.
@@ -163,7 +166,8 @@ def quantize_absmax(
     # fmax: a NaN scale does not become its group's nested absmax.
     nested_absmax = torch.fmax(rows.abs(), torch.zeros(())).amax(1)
     normalized = (rows * (1.0 / nested_absmax)[:, None]).clamp(-1, 1)
-    codes = torch.bucketize(normalized, nested_thresholds()).to(torch.uint8)
+    thresholds = nested_thresholds() if thresholds is None else thresholds
+    codes = torch.bucketize(normalized, thresholds).to(torch.uint8)
     # A group of zeros has no reciprocal: code 0, as for NaN. Its nested absmax gives back zeros.
     codes[normalized.isnan() | (nested_absmax == 0)[:, None]] = 0
     return codes.view(-1)[: absmax.numel()], nested_absmax, offset

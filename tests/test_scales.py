@@ -9,7 +9,16 @@ import torch
 
 from qlora_kernels import functional as F4
 from qlora_kernels import reference
-from qlora_kernels.formats import FORMATS, FP4_E2M1, Format, FormatError, get_format, scale_dtype
+from qlora_kernels.formats import (
+    FORMATS,
+    FP4_E2M1,
+    NF4,
+    Format,
+    FormatError,
+    ScaleCode,
+    get_format,
+    scale_dtype,
+)
 from qlora_kernels.nn import CheckpointError, Linear4bit, LoraLinear4bit
 
 KINDS = ["e8m0", "e4m3"]
@@ -124,3 +133,96 @@ def test_a_checkpoint_of_another_kind_of_scale_is_named(fmt) -> None:
     FORMATS[fmt.name] = Format(fmt.name, fmt.codebook)
     with pytest.raises((CheckpointError, RuntimeError), match=f"has {fmt.scale} scales"):
         Linear4bit(64, 32).load_state_dict(state)
+
+
+# --- scale codes: what the bytes of double-quantized scales mean ----------------------------------
+
+
+def _ue5m3() -> list[float]:
+    """An unsigned 8-bit float of 5 bits of exponent and 3 of mantissa, its largest scaled to 1."""
+    values = [
+        (m / 8) * 2.0**-14 if e == 0 else (1 + m / 8) * 2.0 ** (e - 15)
+        for e in range(32)
+        for m in range(8)
+    ]
+    return [v / values[-1] for v in values]
+
+
+UE5M3 = ScaleCode("ue5m3", _ue5m3(), centered=False)
+
+
+@pytest.fixture
+def own_code() -> Format:
+    return Format("nf4-ue5m3", NF4.codebook, scale_code=UE5M3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_scale_code_of_ones_own_is_the_references(kernels, own_code, dtype) -> None:
+    w = (torch.randn(37, 1312) * torch.logspace(-2, 1, 37)[:, None]).to(dtype)
+    packed, state = F4.quantize_4bit(
+        w.to(kernels), quant_type=own_code, blocksize=32, compress_statistics=True
+    )
+    zero = torch.zeros(())
+    values, thresholds = own_code.scale_tensors()
+    plain, absmax = reference.quantize(w, own_code, 32)
+    codes, nested, offset = reference.quantize_absmax(absmax, zero, thresholds)
+    for got, want in ((state.absmax, codes), (state.state2.absmax, nested), (packed.view(-1), plain)):
+        assert torch.equal(got.cpu(), want)
+    assert offset == state.offset.cpu() == 0
+    scales = reference.dequantize_absmax(codes, nested, zero, values)
+    back = F4.dequantize_4bit(packed, state)
+    want = reference.dequantize(plain, scales, values_of(own_code), 32, (37, 1312), dtype)
+    assert torch.equal(back.cpu(), want)
+    # Three bits of mantissa: scales of a normal exponent are within half a step, 1/16, or 1/17 of
+    # what they were.
+    assert ((scales - absmax).abs() <= absmax / 16).all()
+
+
+def values_of(fmt: Format) -> torch.Tensor:
+    return fmt.tensors()[0]
+
+
+def test_a_layer_with_a_scale_code_of_ones_own(kernels, own_code) -> None:
+    dense = torch.nn.Linear(512, 64).to(kernels)
+    layer = LoraLinear4bit.from_linear(dense, quant_type=own_code, r=4)
+    w = layer.dequantize_weight(torch.float32)
+    assert (w - dense.weight).abs().max() < 0.3 * dense.weight.abs().max()
+    x = torch.randn(5, 512, device=kernels)
+    torch.testing.assert_close(
+        layer(x), torch.nn.functional.linear(x, w, dense.bias), rtol=1e-2, atol=1e-3
+    )
+
+
+def test_checkpoints_keep_the_scale_code(own_code) -> None:
+    layer = Linear4bit(64, 32, quant_type=own_code)
+    state = layer.state_dict()
+    assert "weight.quant_state.qlora_kernels__nf4-ue5m3" in state
+    FORMATS.pop("nf4-ue5m3", None)  # as in a process that has not made it
+    other = Linear4bit(64, 32)
+    other.load_state_dict(state)
+    assert other.format.scale_code.same(UE5M3) and not other.format.scale_code.centered
+    for twin in (other, copy.deepcopy(layer)):
+        assert torch.equal(twin.dequantize_weight(), layer.dequantize_weight())
+    w = torch.randn(32, 64)
+    for module in (layer, other):  # what is quantized later gets it too
+        module.load_state_dict({"weight": w}, strict=False)
+    assert torch.equal(layer.absmax, other.absmax) and other.nested_offset == 0
+    FORMATS["nf4-ue5m3"] = Format("nf4-ue5m3", NF4.codebook)
+    with pytest.raises((CheckpointError, RuntimeError), match="the code 'ue5m3'"):
+        Linear4bit(64, 32).load_state_dict(state)
+
+
+def test_bad_scale_codes() -> None:
+    with pytest.raises(FormatError, match="needs 256 values, got 3"):
+        ScaleCode("short", [0, 0.5, 1])
+    with pytest.raises(FormatError, match="must ascend"):
+        ScaleCode("down", list(reversed(_ue5m3())))
+    with pytest.raises(FormatError, match="must ascend"):
+        ScaleCode("flat", [1.0] * 256)
+    with pytest.raises(FormatError, match="finite in fp32; value 255 is inf"):
+        ScaleCode("far", [*_ue5m3()[:-1], float("inf")])
+    with pytest.raises(FormatError, match="scale_code must be None"):
+        Format("x", NF4.codebook, scale="e8m0", scale_code=UE5M3)
+    F4.quantize_4bit(torch.randn(64), quant_type=Format("twice", NF4.codebook, scale_code=UE5M3))
+    with pytest.raises(FormatError, match="already registered"):
+        F4.quantize_4bit(torch.randn(64), quant_type=Format("twice", NF4.codebook))

@@ -104,6 +104,16 @@ def test_quantize_absmax(gpu, count) -> None:
         assert same_bits(g.cpu(), want)
 
 
+def test_quantize_absmax_by_a_code_of_ones_own(gpu) -> None:
+    values = torch.linspace(0.02, 1, 256) ** 3
+    code = formats.ScaleCode("cubes", values.tolist(), centered=False)
+    limits = torch.from_numpy(code.tables[1])
+    absmax, zero = torch.rand(700), torch.zeros(())
+    got = gpu.ops.quantize_absmax(*gpu(absmax, limits, zero))
+    for g, want in zip(got, reference.quantize_absmax(absmax, zero, limits), strict=True):
+        assert torch.equal(g.cpu(), want)
+
+
 def test_quantize_absmax_of_hard_scales(gpu) -> None:
     limits = formats.nested_thresholds()
     for values in (
