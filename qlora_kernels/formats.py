@@ -182,7 +182,9 @@ class Format:
             constant((self, i), table, device) for i, table in enumerate(self.tables)
         )
 
-    def scale_tensors(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    def scale_tensors(
+        self, device: torch.device | str = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """``(values fp32[256], thresholds fp32[255])`` of the scale code, on ``device``."""
         if self.scale_code is None:
             return nested_code(device), nested_thresholds(device)

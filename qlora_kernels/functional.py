@@ -196,8 +196,8 @@ def checkpoint_entries(state: QuantState, fmt: Format | None = None) -> dict[str
     puts ``thresholds`` (15 values, ties folded in) in the JSON. Dequantization needs ``quant_map``
     alone. Scales of one byte are ``absmax`` int8, and the JSON says of which kind (``scale``), for
     E4M3 with the tensor's (``tensor_scale``). Of a format's own scale code the JSON has the name
-    (``scale_code``) and whether the mean was taken off (``scale_code_centered``); ``nested_quant_map``
-    has its values.
+    (``scale_code``) and whether the mean was taken off (``scale_code_centered``); its values are
+    ``nested_quant_map``.
 
     Args:
         fmt: the state's format, where more is known of it than its name; by name if None.

@@ -166,7 +166,11 @@ def test_a_scale_code_of_ones_own_is_the_references(kernels, own_code, dtype) ->
     values, thresholds = own_code.scale_tensors()
     plain, absmax = reference.quantize(w, own_code, 32)
     codes, nested, offset = reference.quantize_absmax(absmax, zero, thresholds)
-    for got, want in ((state.absmax, codes), (state.state2.absmax, nested), (packed.view(-1), plain)):
+    for got, want in (
+        (state.absmax, codes),
+        (state.state2.absmax, nested),
+        (packed.view(-1), plain),
+    ):
         assert torch.equal(got.cpu(), want)
     assert offset == state.offset.cpu() == 0
     scales = reference.dequantize_absmax(codes, nested, zero, values)
