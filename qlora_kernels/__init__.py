@@ -6,11 +6,22 @@ Layers, from the bottom: :mod:`~qlora_kernels.formats` (codebooks and scales as 
 applications. Importing the package changes no model that holds none of its layers.
 """
 
-from . import formats, functional, integrations, ops
+from . import backend, formats, functional, integrations, ops
+from .backend import BackendError, backends, get_backend, set_backend
 
 # PEFT and transformers, when they are imported, learn of this package's layers and no others.
 integrations.install()
+backend.start()
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "formats", "functional", "ops"]
+__all__ = [
+    "BackendError",
+    "__version__",
+    "backends",
+    "formats",
+    "functional",
+    "get_backend",
+    "ops",
+    "set_backend",
+]

@@ -210,8 +210,10 @@ def disabled_by_user() -> int:
 
 # --- the check at first use ---------------------------------------------------------------------
 
-# Rows, and whether the route is asked for them on some device (dispatch.cpp).
-_CHECKED_ROWS = {"decode_simt": (1, 3), "decode_mma": (1, 15, 32), "gemm": (16, 70)}
+# Rows that the route is asked for on some device (dispatch.cpp); "triton" is all of that backend.
+_CHECKED_ROWS = {
+    "decode_simt": (1, 3), "decode_mma": (1, 15, 32), "gemm": (16, 70), "triton": (1, 17, 70)
+}  # fmt: skip
 _CHECK_SHAPES = ((144, 512), (40, 100))  # [n, k]; the second one aligned to nothing
 _CHECK_RANK = 16
 

@@ -13,6 +13,7 @@ from qlora_kernels.formats import (
     FORMATS,
     FP4_E2M1,
     NF4,
+    SCALES,
     Format,
     FormatError,
     ScaleCode,
@@ -21,7 +22,7 @@ from qlora_kernels.formats import (
 )
 from qlora_kernels.nn import CheckpointError, Linear4bit, LoraLinear4bit
 
-KINDS = ["e8m0", "e4m3"]
+KINDS = [kind for kind in SCALES if kind != "fp32"]
 
 
 @pytest.fixture(params=KINDS)
