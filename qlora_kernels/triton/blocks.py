@@ -26,6 +26,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..cuda import SCALES as SCALE_KINDS
 from ..formats import NESTED_BLOCKSIZE
@@ -237,9 +238,10 @@ def weight_kwargs(weight: WeightArgs) -> dict:
 
     Absent tensors are None, which a kernel takes as a constant that it never looks at.
     """
-    packed, absmax, codebook, blocksize, nested_absmax, nested_code, nested_offset = weight
-    return {
-        "packed": packed, "absmax": absmax, "codebook": codebook, "nested_absmax": nested_absmax,
-        "nested_code": nested_code, "nested_offset": nested_offset,
-        "SCALES": scale_kind(weight), "BLOCK_LOG2": blocksize.bit_length() - 1,
-    }  # fmt: skip
+    names = ("packed", "absmax", "codebook", "", "nested_absmax", "nested_code", "nested_offset")
+    tensors = {
+        name: t.contiguous() if isinstance(t, Tensor) else None
+        for name, t in zip(names, weight, strict=True)
+        if name
+    }
+    return {**tensors, "SCALES": scale_kind(weight), "BLOCK_LOG2": weight[3].bit_length() - 1}
