@@ -8,6 +8,7 @@ applications. Importing the package changes no model that holds none of its laye
 
 from . import backend, formats, functional, integrations, ops
 from .backend import BackendError, backends, get_backend, set_backend
+from .takeover import disable, enable, enabled
 
 # PEFT and transformers, when they are imported, learn of this package's layers and no others.
 integrations.install()
@@ -19,6 +20,9 @@ __all__ = [
     "BackendError",
     "__version__",
     "backends",
+    "disable",
+    "enable",
+    "enabled",
     "formats",
     "functional",
     "get_backend",

@@ -61,7 +61,8 @@ _installed = False
 
 
 def install() -> None:
-    """Gives PEFT our fused LoRA layer and transformers our quantizer, now or when they come."""
+    """Gives PEFT our fused LoRA layer, transformers our quantizer and Trainer our optimizers where
+    there are no others, now or when they come."""
     global _installed
     if _installed:
         return
@@ -70,6 +71,7 @@ def install() -> None:
     for library, bridge in (
         ("peft.tuners.lora.model", "peft"),
         ("transformers.quantizers.auto", "transformers"),
+        ("transformers.trainer_optimizer", "optimizers"),
     ):
         name = f"{__name__}.{bridge}"
         when_imported(library, functools.partial(importlib.import_module, name))

@@ -10,9 +10,11 @@ While loading, one dense tensor at a time is in memory beside the quantized mode
 :func:`load_quantized_model` also checks the files first, reads them without mapping them (a mapped
 file counts as resident), and takes bitsandbytes' 4-bit checkpoints without bitsandbytes.
 
-Importing this module registers the quantizer: a checkpoint saved here needs that import before
-``from_pretrained`` (``import qlora_kernels`` alone may not have brought transformers' part), since
-transformers skips quantizers that it does not know and *initialises the weights anew*.
+What bitsandbytes can read is saved as its checkpoint (``quant_method: bitsandbytes``), with a mark
+by which this module knows its own: with this package it gives our layers, without it bitsandbytes'.
+Other formats and block sizes are saved under ``qlora_kernels``, which ``import qlora_kernels``
+makes known to transformers. (A transformers that has not imported this package skips quantizers
+that it does not know and *initialises the weights anew*, with a warning.)
 """
 
 from __future__ import annotations
@@ -31,15 +33,18 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
+from .. import takeover
 from ..formats import FORMATS, Format, check_blocksize, get_format, register_format
+from ..functional import PEER_BLOCKSIZES, PEER_FORMATS
 from ..nn import COMPUTE_DTYPES, CheckpointError, Linear4bit
 
 __all__ = [
@@ -52,7 +57,10 @@ __all__ = [
 ]
 
 METHOD = "qlora_kernels"
+PEER_METHOD = "bitsandbytes"
 VERSION = 1
+# What bitsandbytes' configuration has no name for, or another meaning.
+_OURS_ALONE = ("bnb_4bit_blocksize", "bnb_4bit_compute_dtype")
 
 
 def default_dtype() -> torch.dtype:
@@ -138,6 +146,37 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
     @property
     def is_quantizable(self) -> bool:
         return True
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; as bitsandbytes' configuration where that can say it, with our mark."""
+        own = super().to_dict()
+        names = [f.name for f in PEER_FORMATS]
+        if self.bnb_4bit_quant_type not in names or self.bnb_4bit_blocksize not in PEER_BLOCKSIZES:
+            return own
+        theirs = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "llm_int8_skip_modules")
+        return {
+            "quant_method": PEER_METHOD,
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_compute_dtype": self.bnb_4bit_compute_dtype or "float32",
+            **{name: own[name] for name in theirs},
+            METHOD: {"version": self.version, **{name: own[name] for name in _OURS_ALONE}},
+        }
+
+    @classmethod
+    def from_dict(  # type: ignore[override]
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """From :meth:`to_dict`'s, of either form."""
+        told = dict(config_dict)
+        mark = told.pop(METHOD, None)
+        if mark is not None:
+            known = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "llm_int8_skip_modules")
+            told = {**{n: told[n] for n in known if n in told}, **mark}
+        own = {n: kwargs.pop(n) for n in list(kwargs) if n in cls.__init__.__annotations__}
+        config = cls(**{**told, **own})
+        return (config, kwargs) if return_unused_kwargs else config
 
     @classmethod
     def from_bitsandbytes(cls, config: Mapping[str, Any]) -> QLoRAKernelsConfig:
@@ -338,7 +377,7 @@ class QLoRAKernelsQuantizer(HfQuantizer):
                 bias is not None,
                 compute_dtype=_dtype(config.bnb_4bit_compute_dtype, "bnb_4bit_compute_dtype"),
                 quant_type=fmt,
-                blocksize=config.bnb_4bit_blocksize,
+                blocksize=getattr(config, "bnb_4bit_blocksize", 64),  # bitsandbytes' has none
                 compress_statistics=config.bnb_4bit_use_double_quant,
                 device="meta",
                 dtype=module.weight.dtype,
@@ -383,6 +422,28 @@ class QLoRAKernelsQuantizer(HfQuantizer):
         return model
 
 
+class BitsAndBytesQuantizer(QLoRAKernelsQuantizer):
+    """The same for a ``BitsAndBytesConfig``, which the model keeps and saves."""
+
+
+class _PeerConfig(BitsAndBytesConfig):
+    """Reads a checkpoint's configuration: ours by its mark, else bitsandbytes'."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        reader = QLoRAKernelsConfig if METHOD in config_dict else BitsAndBytesConfig
+        return reader.from_dict(config_dict, *args, **kwargs)
+
+
+def _peer_quantizer(config: Any, **kwargs: Any) -> HfQuantizer:
+    """What serves a ``BitsAndBytesConfig`` of 4 bits: bitsandbytes, unless ``enable()`` holds."""
+    chosen = BitsAndBytesQuantizer if takeover.enabled() else _THEIR_QUANTIZER
+    return chosen(config, **kwargs)
+
+
+_THEIR_QUANTIZER = AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
+
+
 def _count_packed_weights() -> None:
     """Makes ``num_parameters()`` count a packed byte as two weights; other models are not touched.
 
@@ -424,6 +485,8 @@ def install() -> None:
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(QLoRAKernelsConfig)
         register_quantizer(METHOD)(QLoRAKernelsQuantizer)
+        AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = _peer_quantizer
+        AUTO_QUANTIZATION_CONFIG_MAPPING["bitsandbytes_4bit"] = _PeerConfig
 
 
 install()
@@ -663,8 +726,8 @@ def _found_config(config: Any, folder: Path) -> QLoRAKernelsConfig | None:
         return None
     told = told if isinstance(told, dict) else told.to_dict()
     method = told.get("quant_method")
-    if method == METHOD:
-        return QLoRAKernelsConfig(**told)
+    if method == METHOD or METHOD in told:
+        return QLoRAKernelsConfig.from_dict(told)
     if method == "bitsandbytes" or told.get("load_in_4bit") or told.get("load_in_8bit"):
         return QLoRAKernelsConfig.from_bitsandbytes(told)
     raise ValueError(
