@@ -255,6 +255,9 @@ struct Machine {
 
   // --- races ----------------------------------------------------------------------------------
 
+  bool comparing = false;  // a plain store is under way, which compares what is written twice
+  u32 rival[32] = {};
+
   void shared_race(Ctx& c, const Inst& i, int lane, u32 address, u32 size, bool write, u32 kind,
                    u32 other_warp, u32 other_lane, u32 other_inst) {
     if (Report* r = report(c, i, kind, lane, address, kShared, size, write)) {
@@ -292,23 +295,33 @@ struct Machine {
       }
   }
 
-  // Returns the lanes that write where another lane of this instruction writes as well.
+  // Returns the lanes that write where another lane of this instruction writes as well, and where,
+  // with `comparing`, this instruction of another warp has written without an order: compilers that
+  // lay elements out over fewer threads than there are have all their copies stored. `rival` has
+  // that thread's number and one, or 0; whoever stores reports it if the values differ.
   u32 race_shared(Ctx& c, const Inst& i, const u32* address, u32 bytes, u32 mask, Access kind) {
     const u32 g = u32(program.shared_granule), me = c.warp->index, now = c.warp->clock;
     const bool strong = kind == kAtomic || (i.flags & kStrong), write = kind != kRead;
     if (write && !strong) c.warp->written = true;
     const std::vector<u32>& seen = c.warp->seen.own;
     std::vector<SharedRecord>& records = c.block->records;
+    u32 twice = 0;
     for (u32 m = mask; m; m &= m - 1) {
       int l = lowest(m);
       u32 first = address[l] / g, last = (address[l] + bytes - 1) / g;
+      rival[l] = 0;
       for (u32 k = first; k <= last; k++) {
         SharedRecord& r = records[k];
         if (r.write_clock && !(strong && (r.strong & 1))) {
           if (r.write_warp != me) {
-            if (seen[r.write_warp] < r.write_clock)
+            if (seen[r.write_warp] >= r.write_clock) {
+            } else if (comparing && r.write_inst == i.id) {
+              twice |= 1u << l;
+              rival[l] = 1 + r.write_warp * 32u + r.write_lane;
+            } else {
               shared_race(c, i, l, address[l], bytes, write, kRaceShared, r.write_warp,
                           r.write_lane, r.write_inst);
+            }
           } else if (r.write_clock == now && r.write_lane != l) {
             shared_race(c, i, l, address[l], bytes, write, kRaceWarp, me, r.write_lane,
                         r.write_inst);
@@ -328,7 +341,6 @@ struct Machine {
             }
       }
     }
-    u32 twice = 0;
     if (write) set2.clear();
     for (u32 m = mask; m; m &= m - 1) {
       int l = lowest(m);

@@ -369,7 +369,10 @@ int op_st(Ctx& c, const Inst& i) {
   }
   const Slot<S>* src[8];
   for (u32 k = 0; k < n; k++) src[k] = reg<Slot<S>>(c, list[k]);
+  Machine& machine = *c.machine;
+  machine.comparing = !(i.flags & kStrong);
   access(c, i, i.o[1], sizeof(T) * n, kWrite, undefined, [&](const Access32& a) {
+    machine.comparing = false;
     for (u32 m = a.mask; m; m &= m - 1) {
       int l = lowest(m);
       for (u32 k = 0; k < n; k++) {
@@ -378,10 +381,15 @@ int op_st(Ctx& c, const Inst& i) {
           T old;
           std::memcpy(&old, a.ptr[l] + k * sizeof(T), sizeof(T));
           if (old != x) {
-            u32 space = (i.imm2 >> 1 & 3) == 1 ? kShared : kGlobal;
-            if (Report* r = c.machine->report(c, i, kRaceWarp, l, a.address[l], space,
-                                              u32(sizeof(T)) * n, true))
+            u32 size = u32(sizeof(T)) * n;
+            u32 space = (i.imm2 >> 1 & 3) == 1 ? kShared : kGlobal, rival = machine.rival[l];
+            if (space == kShared && rival != 0) {
+              machine.shared_race(c, i, l, u32(a.address[l]), size, true, kRaceShared,
+                                  (rival - 1) / 32, (rival - 1) % 32, i.id);
+            } else if (Report* r =
+                           machine.report(c, i, kRaceWarp, l, a.address[l], space, size, true)) {
               r->other_inst = i.id, r->extra = 1;
+            }
           }
         }
         std::memcpy(a.ptr[l] + k * sizeof(T), &x, sizeof(T));

@@ -311,6 +311,19 @@ KERNEL ok_same_slot(float* x, float* y, int n) {
   if (threadIdx.x < 16) y[threadIdx.x] = s[2 * threadIdx.x];
 }
 
+KERNEL bug_shared_copies(float* x, float* y, int n) {
+  __shared__ float s[32];
+  s[threadIdx.x % 32] = x[threadIdx.x];  // FOUND: race on shared memory
+  __syncthreads();
+  if (threadIdx.x < 32) y[threadIdx.x] = s[threadIdx.x];
+}
+KERNEL ok_shared_copies(float* x, float* y, int n) {  // every warp writes the same
+  __shared__ float s[32];
+  s[threadIdx.x % 32] = x[threadIdx.x % 32];
+  __syncthreads();
+  if (threadIdx.x < 32) y[threadIdx.x] = s[threadIdx.x];
+}
+
 KERNEL bug_plain_count(float* x, float* y, int n) {
   __shared__ int count;
   if (threadIdx.x == 0) count = 0;
