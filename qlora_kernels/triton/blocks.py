@@ -245,3 +245,11 @@ def weight_kwargs(weight: WeightArgs) -> dict:
         if name
     }
     return {**tensors, "SCALES": scale_kind(weight), "BLOCK_LOG2": weight[3].bit_length() - 1}
+
+
+NESTED_SIGNATURE = {
+    "packed": "*u8", "absmax": "*u8", "codebook": "*fp32", "nested_absmax": "*fp32",
+    "nested_code": "*fp32", "nested_offset": "*fp32",
+}  # fmt: skip
+"""Types of a weight's arguments, for compilations ahead of time. Each module's ``AOT`` is a list of
+``(kernel, signature, constants, options)``: what is compiled for targets that nothing runs."""

@@ -27,7 +27,10 @@ from torch import Tensor
 from .. import ops
 from .blocks import (
     GATHER,
+    NESTED,
+    NESTED_SIGNATURE,
     OPTIONS,
+    PRMT,
     decode,
     decode_bytes,
     load_codebook,
@@ -123,3 +126,12 @@ def dequantize_4bit_out(
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()} for {out.shape}")
     _launch(weight, out)
+
+
+AOT = [
+    (
+        dequantize, {**NESTED_SIGNATURE, "out": out, "count": "i64"},
+        {"SCALES": NESTED, "BLOCK_LOG2": 6, "WAY": lookup}, {"num_warps": WARPS, **OPTIONS},
+    )
+    for out, lookup in (("*bf16", PRMT), ("*fp32", GATHER))
+]  # fmt: skip

@@ -32,8 +32,8 @@ from .blocks import E4M3, E8M0, FP32, OPTIONS, e4m3_value, e8m0_value
 from .launch import launch
 
 TILE = 4096
-WARPS = 4
-GROUPS = 4  # of 256 scales: a program's, of one warp
+WARPS = 8
+GROUPS = 1  # of 256 scales: a program's, of one warp
 _TILE = tl.constexpr(TILE)
 _GROUPS = tl.constexpr(GROUPS)
 _GROUP = tl.constexpr(NESTED_BLOCKSIZE)
@@ -283,3 +283,24 @@ def quantize_absmax(
 
 def _grid(count: int) -> tuple[int]:
     return (triton.cdiv(count, GROUPS * NESTED_BLOCKSIZE),)
+
+
+AOT = [
+    (
+        quantize,
+        {"values": "*bf16", "thresholds": "*fp32", "codes": "*u8", "packed": "*u8",
+         "absmax": "*fp32", "count": "i64"},
+        {"tensor_scale": None, "SCALES": FP32, "BLOCK_LOG2": 6}, {"num_warps": WARPS, **OPTIONS},
+    ),
+    (
+        sum_groups,
+        {"values": "*fp32", "sums": "*fp64", "mean": "*fp32", "count": "i64", "total": "i64"},
+        {}, {"num_warps": 1, **OPTIONS},
+    ),
+    (
+        quantize_scales,
+        {"absmax": "*fp32", "thresholds": "*fp32", "offset": "*fp32", "codes": "*u8",
+         "nested_absmax": "*fp32", "count": "i64"},
+        {}, {"num_warps": 1, **OPTIONS},
+    ),
+]  # fmt: skip
