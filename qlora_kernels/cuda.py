@@ -11,7 +11,7 @@ Environment:
     ``all`` leaves everything to dequantization and torch's matmul. ``adamw``, which ``all`` names
     too, leaves optimizer steps to torch's arithmetic.
 ``QLORA_KERNELS_SELF_CHECK``
-    ``0`` skips the check of each kernel at its first use on a device.
+    ``0`` skips the check of each kernel at its first use on a device, AdamW's among them.
 ``QLORA_KERNELS_CACHE``
     the folder of what the check and ``qlora tune`` found; ``~/.cache/qlora-kernels`` by default.
 """
@@ -24,6 +24,7 @@ import json
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -349,15 +350,37 @@ def identity(device_name: str, driver: int, library_path: Path) -> str:
     return f"{device_name}, driver {driver}, build {stat.st_size}-{stat.st_mtime_ns}"
 
 
-def report(who: str, found: dict[str, list[str]]) -> str:
+def report(
+    who: str,
+    found: dict[str, list[str]],
+    reference: str = "dequantization and matmul; layers go on without them",
+) -> str:
     """The words of the warning about kernels that do not compute what they should."""
     failed = {route: wrong for route, wrong in found.items() if wrong}
     lines = [f"  {line}" for wrong in failed.values() for line in wrong[:8]]
     return (
         f"qlora_kernels: switched off on this GPU: {', '.join(failed)}. Their results differ from "
-        "dequantization and matmul; layers go on without them, correct but slower. Please report:\n"
+        f"{reference}, correct but slower. Please report:\n"
         f"  {who}\n  torch {torch.__version__}\n" + "\n".join(lines)
     )
+
+
+def checked(
+    who: str, kernels: tuple[str, ...], check: Callable[[], dict[str, list[str]]]
+) -> dict[str, list[str]]:
+    """Those kernels, and what was wrong with each: of the cache where it has them for the same GPU,
+    driver and build, else of the check, which the cache then keeps."""
+    kept = read_cache("checks.json").get(who, {})
+    if not all(kernel in kept for kernel in kernels):
+        found = check()
+        cache = read_cache("checks.json")
+        kept = {**cache.get(who, {}), **found}
+        write_cache("checks.json", {**cache, who: kept})
+    return {kernel: kept[kernel] for kernel in kernels}
+
+
+def _checks() -> bool:
+    return os.environ.get("QLORA_KERNELS_SELF_CHECK", "1") != "0"
 
 
 def settle(
@@ -367,23 +390,52 @@ def settle(
     who: str,
     dtypes: tuple[torch.dtype, ...],
 ) -> int:
-    """Switches off on a device what the user or the check says; returns the mask.
-
-    The check's result is read from the cache where it was made for the same GPU, driver and build.
-    """
+    """Switches off on a device what the user or the check says; returns the mask."""
     mask = disabled_by_user()
-    if os.environ.get("QLORA_KERNELS_SELF_CHECK", "1") != "0":
-        kept = read_cache("checks.json")
-        if who not in kept:
-            found = check_kernels(namespace, lib, device, dtypes)
-            kept = {**read_cache("checks.json"), who: found}
-            write_cache("checks.json", kept)
-        failed = [route for route, wrong in kept[who].items() if wrong]
+    if _checks():
+        found = checked(who, routes()[:-1], lambda: check_kernels(namespace, lib, device, dtypes))
+        failed = [route for route, wrong in found.items() if wrong]
         if failed:
-            warnings.warn(report(who, kept[who]), stacklevel=2)
+            warnings.warn(report(who, found), stacklevel=2)
         mask |= disabled_mask(",".join(failed))
     lib.qlk_cuda_disable(device.index or 0, mask)
     return mask
+
+
+Check = Callable[[Any, torch.device], list[str]]
+"""Of the kernels in a namespace of ops, on a device: what is wrong, a line each."""
+
+
+def settle_other(kernel: str, check: Check, namespace: Any, device: torch.device, who: str) -> bool:
+    """Whether the check passes of a kernel that is no linear layer's; it is kept as theirs are."""
+    if not _checks():
+        return True
+    found = checked(who, (kernel,), lambda: {kernel: check(namespace, device)})
+    if found[kernel]:
+        reference = "torch's arithmetic; steps go on with that"
+        warnings.warn(report(who, found, reference), stacklevel=2)
+    return not found[kernel]
+
+
+_PASSED: dict[tuple[str, int], bool] = {}
+
+
+def passes(kernel: str, check: Check, device: torch.device) -> bool:
+    """:func:`settle_other` on a GPU that is here, asked once in a process."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    lib = library()
+    if (kernel, index) not in _PASSED and lib is not None:
+        if torch.cuda.is_current_stream_capturing():
+            return True  # not now: the check waits
+        try:
+            with torch.no_grad():
+                who, namespace = identity_of(lib, index), getattr(torch.ops, ops.NAMESPACE)
+                passed = settle_other(kernel, check, namespace, torch.device("cuda", index), who)
+        except Exception as error:  # as with the linear layers' kernels
+            warnings.warn(f"qlora_kernels: {kernel} was not checked: {error}", stacklevel=2)
+            passed = True
+        _PASSED[kernel, index] = passed
+    return _PASSED.get((kernel, index), True)
 
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)

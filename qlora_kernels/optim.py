@@ -31,7 +31,13 @@ and the parameter alone.
 
 On CUDA one kernel updates a group of parameters (``csrc/cuda/adamw.cu``); elsewhere, and for
 parameters that are not contiguous or have a gradient of another dtype, it is torch's arithmetic.
-``QLORA_KERNELS_DISABLE=adamw`` switches the kernel off.
+``QLORA_KERNELS_DISABLE=adamw`` switches the kernel off, and so does its check at first use on a
+device (``cuda.py``).
+
+A captured step (``torch.cuda.graph``) needs ``capturable=True``, as torch's: then t is a tensor
+beside the states and the scalars are made of it on the device, so that each replay takes the next
+step; without it every replay would take the captured one, which is refused. The learning rate is
+read at each replay where it is a tensor on the device.
 """
 
 from __future__ import annotations
@@ -169,11 +175,29 @@ def state_maps(device: torch.device | str = "cpu") -> Tensor:
     return constant("state_maps", np.concatenate(words).view(np.int32), device)
 
 
+SCHEMA = (
+    "adamw_capturable_(Tensor(a!)[] p, Tensor[] grad, Tensor(b!)[] state1, Tensor(c!)[] state2, "
+    "Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, Tensor? maps, Tensor(f!)[] t, Tensor? lr, "
+    "float[] options, Tensor(g!) scratch, bool paged) -> ()"
+)
+"""adamw_ (``ops.py``) where a graph may replay it. ``t``: fp32, the steps that each p has taken,
+counted up. Options: lr, for want of a tensor of it, beta1, beta2, eps, weight_decay. ``scratch``:
+fp32 [len(p), 8], for the scalars."""
+_LIB = torch.library.Library(ops.NAMESPACE, "FRAGMENT")
+_LIB.define(SCHEMA)
+
+
+@torch.library.register_fake(f"{ops.NAMESPACE}::adamw_capturable_", lib=_LIB)
+def _(p, grad, state1, state2, absmax1, absmax2, maps, t, lr, options, scratch, paged):
+    return None
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """The op that updates parameters of a device, and the device's managed memory."""
+    """The ops that update parameters of a device, and the device's managed memory."""
 
     op: Callable[..., None]
+    capturable: Callable[..., None]
     driver: paging.Driver
 
 
@@ -182,9 +206,15 @@ def kernel_for(p: Tensor) -> Kernel | None:
     if p.device.type != "cuda":
         return None
     lib = cuda.library()
-    if lib is None or not cuda.enabled("adamw"):
+    if lib is None or not cuda.enabled("adamw") or not cuda.passes("adamw", check, p.device):
         return None
-    return Kernel(torch.ops.qlora_kernels.adamw_, paging.driver_of(lib, p.device))
+    space = torch.ops.qlora_kernels
+    return Kernel(space.adamw_, space.adamw_capturable_, paging.driver_of(lib, p.device))
+
+
+def _capturing(p: Tensor) -> bool:
+    """Whether what is done to ``p`` now goes into a graph."""
+    return p.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class AdamW(torch.optim.Optimizer):
@@ -195,6 +225,8 @@ class AdamW(torch.optim.Optimizer):
         is_paged: states on pages that the system may write out.
         paging_folder: where, for parameters on a CPU; ``QLORA_KERNELS_PAGING`` or the system's
             folder for temporary files unless given. Choose one on a disk: ``/tmp`` may be memory.
+        capturable: whether a CUDA graph may capture :meth:`step`, after a first step outside of it.
+            A learning rate that is to change between replays is a fp32 tensor on the device.
 
     Raises:
         ValueError: a learning rate, beta, eps or decay that is out of range; the message says what
@@ -214,6 +246,7 @@ class AdamW(torch.optim.Optimizer):
         optim_bits: int | None = None,
         is_paged: bool | None = None,
         paging_folder: str | os.PathLike[str] | None = None,
+        capturable: bool = False,
     ) -> None:
         self.bits = self.bits if optim_bits is None else optim_bits
         self.paged = self.paged if is_paged is None else is_paged
@@ -228,8 +261,16 @@ class AdamW(torch.optim.Optimizer):
         if not weight_decay >= 0:
             raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
         self._file = PagedFile(paging_folder)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "capturable": capturable,
+        }  # fmt: skip
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("capturable", False)  # of an older checkpoint
 
     def _allocate(self, p: Tensor, layout: paging.Layout) -> dict[str, Tensor]:
         kernel = kernel_for(p)
@@ -277,18 +318,59 @@ class AdamW(torch.optim.Optimizer):
                     continue
                 if p.grad.is_sparse:
                     raise ValueError("AdamW takes no sparse gradients; use torch.optim.SparseAdam")
-                if not self.state[p]:
-                    self.state[p] = self._start(p)
-                state = self.state[p]
-                state["step"] += 1
+                state = self._ready(p, group)
+                t = state["step"]
                 if self._kernel_takes(p, state):
-                    key = (p.device, p.dtype, state["state1"].dtype, state["step"])
+                    key: tuple = (p.device, p.dtype, state["state1"].dtype)
+                    if not group["capturable"]:  # of one step, whose scalars are a launch's
+                        state["step"] = t = t + 1
+                        key = (*key, t)
                     together.setdefault(key, []).append(p)
                 else:
+                    state["step"] += 1  # a tensor stays where it is
                     self._update(p, state, group)
-            for (*_, t), params in together.items():
-                self._update_together(params, _scalars(group, t))
+            for params in together.values():
+                self._update_together(params, group)
         return loss
+
+    def _ready(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The states of ``p``, made where there are none, its step as the group wants it.
+
+        Raises:
+            RuntimeError: a graph captures what it could not replay.
+        """
+        state, capturable = self.state[p], group["capturable"]
+        if _capturing(p):
+            if not capturable:
+                raise RuntimeError(
+                    "a CUDA graph captures AdamW.step(), and every replay would take the step that "
+                    "was captured, with its learning rate and bias correction: "
+                    "AdamW(..., capturable=True) counts steps on the device"
+                )
+            if not state or not isinstance(state["step"], Tensor):
+                raise RuntimeError(
+                    "a CUDA graph captures AdamW's first step, and every replay would make its "
+                    "states anew: take a step before the capture"
+                )
+            if state["state1"].device != p.device or state["state1"].is_pinned():
+                raise RuntimeError(
+                    "a CUDA graph captures AdamW.step() of states that lie in the host's memory "
+                    "and are copied for each update: is_paged=False keeps states on the device"
+                )
+        if not state:
+            self.state[p] = state = self._start(p)
+        if capturable != isinstance(state["step"], Tensor):
+            t = float(state["step"])
+            state["step"] = (
+                torch.tensor(t, dtype=torch.float32, device=p.device) if capturable else int(t)
+            )
+        lr = group["lr"]
+        if capturable and isinstance(lr, Tensor) and (lr.device, lr.numel()) != (p.device, 1):
+            raise ValueError(
+                f"with capturable=True, lr must be a number or a tensor of one on the parameter's "
+                f"device, {p.device}; got {lr.numel()} values on {lr.device}"
+            )
+        return state
 
     def _kernel_takes(self, p: Tensor, state: dict[str, Any]) -> bool:
         return (
@@ -301,21 +383,32 @@ class AdamW(torch.optim.Optimizer):
             and not state["state1"].is_pinned()
         )
 
-    def _update_together(self, params: list[Tensor], scalars: list[float]) -> None:
-        """Parameters of one device, one dtype, one kind of states and one step."""
+    def _update_together(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Parameters of one device, one dtype, one kind of states and, not capturable, one step."""
         kernel = kernel_for(params[0])
         assert kernel is not None
         states = [self.state[p] for p in params]
         eight = states[0]["state1"].dtype == torch.uint8
-        scales = [[s[n] for s in states] if eight else [] for n in ("absmax1", "absmax2")]
-        kernel.op(
+        lists = (
             [p.data for p in params],
             [p.grad.contiguous() for p in params],  # type: ignore[union-attr]
             [s["state1"] for s in states],
             [s["state2"] for s in states],
-            *scales,
+            *([s[n] for s in states] if eight else [] for n in ("absmax1", "absmax2")),
             state_maps(params[0].device) if eight else None,
-            scalars,
+        )
+        if not group["capturable"]:
+            kernel.op(*lists, _scalars(group, states[0]["step"]), self.paged)
+            return
+        lr = group["lr"]
+        on_device = isinstance(lr, Tensor)
+        options = [0.0 if on_device else lr, *group["betas"], group["eps"], group["weight_decay"]]
+        kernel.capturable(
+            *lists,
+            [s["step"] for s in states],
+            lr.detach().float() if on_device else None,
+            [float(v) for v in options],
+            torch.empty(len(params), 8, dtype=torch.float32, device=params[0].device),
             self.paged,
         )
 
@@ -338,11 +431,11 @@ class AdamW(torch.optim.Optimizer):
             saved = state_dict["state"].get(i)
             if saved is None:
                 continue
-            tensors = {name: t for name, t in saved.items() if isinstance(t, Tensor)}
+            tensors = {n: t for n, t in saved.items() if isinstance(t, Tensor) and n != "step"}
             state = self._allocate(p, {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()})
             for name, value in tensors.items():
                 state[name].copy_(value)
-            self.state[p] = {**saved, **state}
+            self.state[p] = {**saved, **state, "step": int(saved["step"])}
 
 
 def _update_chunk(
@@ -393,14 +486,115 @@ def _root(v: Tensor) -> Tensor:
     return v.sqrt()
 
 
-def _scalars(group: dict[str, Any], t: int) -> list[float]:
-    """beta1, 1 - beta1, beta2, 1 - beta2, decay, step_size, scale_v, eps, each rounded to fp32."""
-    (beta1, beta2), lr = group["betas"], float(group["lr"])
+def power(base: float, n: int) -> float:
+    """``base ** n`` by squaring: csrc/cuda/adamw.cu has the same products in the same order."""
+    result = 1.0
+    while n > 0:
+        if n % 2 == 1:
+            result *= base
+        base *= base
+        n //= 2
+    return result
+
+
+def _scalars(group: dict[str, Any], t: int | Tensor) -> list[Any]:
+    """beta1, 1 - beta1, beta2, 1 - beta2, decay, step_size, scale_v, eps, each rounded to fp32.
+
+    Of ``t`` in a tensor those that depend on it, or on a learning rate in one, are tensors beside
+    it: nothing waits for the device.
+    """
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    if isinstance(t, Tensor):
+        lr, n = lr.double() if isinstance(lr, Tensor) else lr, t.double()
+        unbiased1, root = 1 - beta1**n, (1 - beta2**n).sqrt()
+    else:
+        lr = float(lr)
+        unbiased1, root = 1 - power(beta1, t), math.sqrt(1 - power(beta2, t))
     values = [
-        beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * group["weight_decay"], lr / (1 - beta1**t),
-        1 / math.sqrt(1 - beta2**t), group["eps"],
+        beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * group["weight_decay"], lr / unbiased1,
+        1 / root, group["eps"],
     ]  # fmt: skip
-    return [float(np.float32(v)) for v in values]
+    return [v.float() if isinstance(v, Tensor) else float(np.float32(v)) for v in values]
+
+
+# --- the check at first use on a device ----------------------------------------------------------
+
+_CHECK_SIZES = (9000, 4099)  # two tiles and more, and a tail, at an address aligned to nothing
+
+
+def check(namespace: Any, device: torch.device) -> list[str]:
+    """A step of a few tensors by the kernels in ``namespace``, captured and not, against torch's
+    arithmetic on the CPU; returns what differs, a line each."""
+    wrong = []
+    for dtype in ops.FLOATS:
+        for bits in (32, 8):
+            for capturable in (False, True):
+                where = f"adamw of {dtype}, {bits}-bit states{', captured' * capturable}"
+                try:
+                    found = _check_step(namespace, device, dtype, bits, capturable)
+                except RuntimeError as error:
+                    found = [str(error).splitlines()[0]]
+                wrong += [f"{where}: {what}" for what in found]
+    return wrong
+
+
+def _check_step(
+    namespace: Any, device: torch.device, dtype: torch.dtype, bits: int, capturable: bool
+) -> list[str]:
+    generator = torch.Generator().manual_seed(bits)
+
+    def random(n: int) -> Tensor:
+        return torch.randn(n, dtype=torch.float32, generator=generator).to(dtype)
+
+    params = [random(n) for n in _CHECK_SIZES]
+    optimizer = AdamW(params, lr=1e-2, weight_decay=0.1, optim_bits=bits)
+
+    def moved(t: Tensor) -> Tensor:
+        room = torch.empty(t.numel() + 1, dtype=t.dtype, device=device)
+        view = room[t.numel() % 2 :][: t.numel()]
+        return view.copy_(t)
+
+    for _ in range(2):
+        on = [moved(p) for p in params]
+        states = [
+            {n: moved(s) for n, s in optimizer.state[p].items() if isinstance(s, Tensor)}
+            for p in params
+        ]
+        before = [p.clone() for p in params]
+        for p in params:
+            p.grad = random(p.numel())
+            p.grad[::7] = 0
+        optimizer.step()
+    names = ("state1", "state2", "absmax1", "absmax2")
+    group = optimizer.param_groups[0]
+    lists = (
+        on,
+        [moved(p.grad) for p in params],  # type: ignore[arg-type]
+        *([s[n] for s in states if n in s] for n in names),
+        state_maps(device) if bits == 8 else None,
+    )
+    if capturable:
+        steps = [torch.ones((), dtype=torch.float32, device=device) for _ in params]
+        options = [group["lr"], *group["betas"], group["eps"], group["weight_decay"]]
+        scratch = torch.empty(len(params), 8, dtype=torch.float32, device=device)
+        namespace.adamw_capturable_(*lists, steps, None, options, scratch, False)
+    else:
+        namespace.adamw_(*lists, _scalars(group, 2), False)
+
+    wrong = []
+    for p, old, mine, state in zip(params, before, on, states, strict=True):
+        bad = {n: state[n].cpu() != optimizer.state[p][n] for n in names if n in state}
+        got, want, old = (t.cpu().double() for t in (mine, p, old))
+        change = (want - old).abs() + group["lr"] * group["weight_decay"] * old.abs()
+        kind = torch.finfo(dtype)
+        rounding = kind.eps * want.abs().clamp(min=kind.smallest_normal)
+        bad["p"] = ~((got - want).abs() <= 2.0**-21 * change + rounding)
+        wrong += [
+            f"{n} of {p.numel()}: {int(b.sum())} of {b.numel()} values differ"
+            for n, b in bad.items()
+            if b.any()
+        ]
+    return wrong
 
 
 class AdamW8bit(AdamW):

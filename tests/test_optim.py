@@ -177,3 +177,77 @@ def test_closure() -> None:
         return loss
 
     assert optimizer.step(closure).item() == 3 and p.sum() < 3
+
+
+def test_an_op_without_a_kernel_names_itself() -> None:
+    """On a CPU the optimizer has torch's arithmetic; who calls its op is told whose it is."""
+    one = [torch.ones(3)]
+    with pytest.raises(NotImplementedError, match="qlora_kernels::adamw_.*CPU"):
+        torch.ops.qlora_kernels.adamw_(one, one, one, one, [], [], None, [0.5] * 8, False)
+    with pytest.raises(NotImplementedError, match="qlora_kernels::adamw_capturable_.*CPU"):
+        torch.ops.qlora_kernels.adamw_capturable_(
+            one, one, one, one, [], [], None, one, None, [0.5] * 5, torch.ones(1, 8), False
+        )
+
+
+@pytest.mark.parametrize("kind", [optim.AdamW, optim.AdamW8bit])
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+def test_capturable_is_the_same_step(kind, tensor, tmp_path) -> None:
+    """t, and the learning rate, in tensors: nothing is read of them, and a checkpoint goes from one
+    to the other."""
+    mine, theirs = parameters(), parameters()
+    lr = torch.tensor(1e-2) if tensor else 1e-2
+    options = {"weight_decay": 0.1, "betas": (0.9, 0.99)}
+    ours = kind(mine, lr=lr, capturable=True, **options)
+    plain = kind(theirs, lr=float(lr), **options)
+    train(ours, mine, 3)
+    train(plain, theirs, 3)
+    step = ours.state[mine[0]]["step"]
+    address = step.data_ptr()
+    assert step == 3 and step.dtype == torch.float32
+    if tensor:
+        lr.fill_(1e-3)
+    for group in (*plain.param_groups, *([] if tensor else ours.param_groups)):
+        group["lr"] = float(torch.tensor(1e-3))
+    train(ours, mine, 2, seed=5)
+    train(plain, theirs, 2, seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert ours.state[mine[0]]["step"].data_ptr() == address, "where a graph finds it"
+
+    torch.save(ours.state_dict(), tmp_path / "optimizer.pt")
+    again = kind(mine, lr=lr)
+    again.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert again.param_groups[0]["capturable"]  # as torch's: groups come with the checkpoint
+    again.param_groups[0]["capturable"] = False
+    train(again, mine, 1, seed=6)
+    train(plain, theirs, 1, seed=6)
+    assert again.state[mine[0]]["step"] == 6
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_a_checkpoint_of_before_capturable() -> None:
+    params = parameters()
+    optimizer = optim.AdamW(params)
+    train(optimizer, params, 1)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["capturable"]
+    optimizer.load_state_dict(saved)
+    train(optimizer, params, 1)
+    assert optimizer.state[params[0]]["step"] == 2
+
+
+def test_a_learning_rate_elsewhere_is_named() -> None:
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    for lr, words in ((torch.ones(2), "2 values on cpu"), (torch.ones((), device="meta"), "meta")):
+        optimizer = optim.AdamW([p], lr=1.0, capturable=True)
+        optimizer.param_groups[0]["lr"] = lr
+        with pytest.raises(ValueError, match=f"tensor of one .*device, cpu; got .*{words}"):
+            optimizer.step()
+
+
+def test_powers_are_powers() -> None:
+    for base in (0.0, 0.9, 0.999, 1 - 2.0**-24):
+        for n in (0, 1, 2, 3, 10, 1000, 12_345):
+            assert optim.power(base, n) == pytest.approx(base**n, rel=1e-13)

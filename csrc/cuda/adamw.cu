@@ -32,6 +32,11 @@
 // memory. Tensors whose pointers are not aligned, and the last values of each, go by single
 // elements.
 //
+// A step that a graph captures and replays (the kernels with `captured`) cannot bring its scalars
+// as kernel parameters: they would be those of the captured step for ever. There a kernel of one
+// small block before it, adamw_clock, counts each tensor's t up in device memory and makes the
+// scalars of it, in fp64 and in the order of optim.py: 32 bytes a tensor, which all its CTAs read.
+//
 // Numerics: with fp32 states everything is IEEE's, and p too is bit-identical to the formulas. With
 // 8-bit states the root and the reciprocal under m are the hardware's approximations (an ulp each),
 // so that the issue slots keep up with memory: where v is no denormal, p differs by at most 2^-21
@@ -49,7 +54,7 @@ constexpr int kTile = kWarps * kStateBlock;
 constexpr int kLaneValues = kStateBlock / 32;
 constexpr int kResident = 2;  // CTAs a multiprocessor that registers allow for: 64 a thread
 
-static_assert(sizeof(AdamWGroup) <= 4096, "kernel parameters");
+static_assert(sizeof(AdamWGroup) + 16 <= 4096, "kernel parameters");
 static_assert(kStateMap % 4 == 0, "maps are copied by 16 bytes");
 
 // Elements that move in one access.
@@ -106,8 +111,9 @@ __device__ __forceinline__ void store(T* to, const Pack<T, kRun>& run, int left)
   }
 }
 
-// The tensor that has the tile.
-__device__ __forceinline__ const AdamWTensor& tensor_of(const AdamWGroup& g, unsigned tile) {
+// Which tensor has the tile: the last one that begins at or before it. (Empty ones begin where the
+// next does.)
+__device__ __forceinline__ int tensor_of(const AdamWGroup& g, unsigned tile) {
   int low = 0, high = g.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -117,7 +123,7 @@ __device__ __forceinline__ const AdamWTensor& tensor_of(const AdamWGroup& g, uns
       high = middle;
     }
   }
-  return g.tensors[low];
+  return low;
 }
 
 __device__ __forceinline__ float next_m(const AdamWStep& s, float m, float g) {
@@ -152,7 +158,7 @@ __device__ __forceinline__ float next_p(const AdamWStep& s, float p, float m, fl
 
 // A warp's 256 values from `first` on, of which `count` are in the tensor (whole: all).
 template <class T, bool whole>
-__device__ __forceinline__ void update_32(const AdamWGroup& g, const AdamWTensor& t, int64_t first,
+__device__ __forceinline__ void update_32(const AdamWStep& s, const AdamWTensor& t, int64_t first,
                                           int count, int lane) {
   constexpr int kRun = kRunOf<T, false>;
 #pragma unroll
@@ -166,9 +172,9 @@ __device__ __forceinline__ void update_32(const AdamWGroup& g, const AdamWTensor
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       const float gradient = to_float(grad.at[i]);
-      m.at[i] = next_m(g.step, m.at[i], gradient);
-      v.at[i] = next_v(g.step, v.at[i], __fmul_rn(gradient, gradient));
-      p.at[i] = from_float<T>(next_p<true>(g.step, to_float(p.at[i]), m.at[i], v.at[i]));
+      m.at[i] = next_m(s, m.at[i], gradient);
+      v.at[i] = next_v(s, v.at[i], __fmul_rn(gradient, gradient));
+      p.at[i] = from_float<T>(next_p<true>(s, to_float(p.at[i]), m.at[i], v.at[i]));
     }
     store<whole>(static_cast<T*>(t.p) + at, p, left);
     store<whole>(static_cast<float*>(t.state1) + at, m, left);
@@ -212,7 +218,7 @@ __device__ __forceinline__ float reciprocal_of(float absmax) {
 }
 
 template <class T, bool whole>
-__device__ __forceinline__ void update_8(const AdamWGroup& g, const AdamWTensor& t, int64_t first,
+__device__ __forceinline__ void update_8(const AdamWStep& s, const AdamWTensor& t, int64_t first,
                                          int count, int lane, const uint32_t* maps) {
   constexpr int kRun = kRunOf<T, true>;
   constexpr int kRuns = kLaneValues / kRun;
@@ -239,10 +245,10 @@ __device__ __forceinline__ void update_8(const AdamWGroup& g, const AdamWTensor&
       const bool finite = g2 < __uint_as_float(0x7f800000u) && (whole || i < left);
       const float old_m = __fmul_rn(values1[m_codes.at[i]], absmax1);
       const float old_v = __fmul_rn(values2[v_codes.at[i]], absmax2);
-      const float new_m = finite ? next_m(g.step, old_m, gradient) : 0.0f;
-      const float new_v = finite ? next_v(g.step, old_v, g2) : 0.0f;
+      const float new_m = finite ? next_m(s, old_m, gradient) : 0.0f;
+      const float new_v = finite ? next_v(s, old_v, g2) : 0.0f;
       const float old_p = to_float(p.at[i]);
-      const float new_p = next_p<false>(g.step, old_p, new_m, new_v);
+      const float new_p = next_p<false>(s, old_p, new_m, new_v);
       p.at[i] = from_float<T>(finite ? new_p : old_p);
       largest_m = fmaxf(largest_m, fabsf(new_m));
       largest_v = fmaxf(largest_v, new_v);
@@ -272,9 +278,9 @@ __device__ __forceinline__ void update_8(const AdamWGroup& g, const AdamWTensor&
   }
 }
 
-template <class T, bool eight>
+template <class T, bool eight, bool captured>
 __global__ void __launch_bounds__(kThreads, kResident)
-    adamw(const __grid_constant__ AdamWGroup g, unsigned tiles) {
+    adamw(const __grid_constant__ AdamWGroup g, const AdamWStep* steps, unsigned tiles) {
   __shared__ __align__(16) uint32_t maps[eight ? 2 * kStateMap : 4];
   if constexpr (eight) {
     for (int i = threadIdx.x; i < 2 * kStateMap / 4; i += kThreads)
@@ -283,25 +289,63 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (unsigned tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const AdamWTensor& t = tensor_of(g, tile);
+    const int which = tensor_of(g, tile);
+    const AdamWTensor& t = g.tensors[which];
+    const AdamWStep& s = captured ? steps[which] : g.step;
     const int64_t first = static_cast<int64_t>(tile - t.first_tile) * kTile + warp * kStateBlock;
     const int64_t left = t.count - first;
     if (left <= 0) continue;  // all lanes of the warp alike
     const bool whole = t.wide && left >= kStateBlock;
     const int count = left < kStateBlock ? static_cast<int>(left) : kStateBlock;
     if constexpr (eight) {
-      whole ? update_8<T, true>(g, t, first, count, lane, maps)
-            : update_8<T, false>(g, t, first, count, lane, maps);
+      whole ? update_8<T, true>(s, t, first, count, lane, maps)
+            : update_8<T, false>(s, t, first, count, lane, maps);
     } else {
-      whole ? update_32<T, true>(g, t, first, count, lane)
-            : update_32<T, false>(g, t, first, count, lane);
+      whole ? update_32<T, true>(s, t, first, count, lane)
+            : update_32<T, false>(s, t, first, count, lane);
     }
   }
 }
 
-}  // namespace
+// --- the clock of captured steps -----------------------------------------------------------------
 
-cudaError_t launch_adamw(AdamWGroup g, int sms, cudaStream_t stream) {
+constexpr int kClockThreads = (kAdamWTensors + 31) / 32 * 32;
+
+// optim.power(): the same products in the same order.
+__device__ __forceinline__ double power(double base, unsigned n) {
+  double result = 1;
+  for (; n > 0; n /= 2) {
+    if (n % 2 == 1) result = __dmul_rn(result, base);
+    base = __dmul_rn(base, base);
+  }
+  return result;
+}
+
+__global__ void __launch_bounds__(kClockThreads)
+    adamw_clock(const __grid_constant__ AdamWClock c, AdamWStep* steps) {
+  const int i = threadIdx.x;
+  if (i >= c.count) return;
+  const float t = *c.t[i] + 1;
+  *c.t[i] = t;
+  const unsigned n = static_cast<unsigned>(t);
+  const double lr = c.lr != nullptr ? static_cast<double>(*c.lr) : c.lr_value;
+  const double corrected1 = __dsub_rn(1, power(c.beta1, n));
+  const double corrected2 = __dsub_rn(1, power(c.beta2, n));
+  const auto rounded = [](double v) { return __double2float_rn(v); };
+  steps[i] = {
+      rounded(c.beta1),
+      rounded(__dsub_rn(1, c.beta1)),
+      rounded(c.beta2),
+      rounded(__dsub_rn(1, c.beta2)),
+      rounded(__dsub_rn(1, __dmul_rn(lr, c.weight_decay))),
+      rounded(__ddiv_rn(lr, corrected1)),
+      rounded(__ddiv_rn(1, __dsqrt_rn(corrected2))),
+      rounded(c.eps),
+  };
+}
+
+template <bool captured>
+cudaError_t launch(AdamWGroup& g, const AdamWStep* steps, int sms, cudaStream_t stream) {
   unsigned tiles = 0;
   for (int i = 0; i < g.count; ++i) {
     AdamWTensor& t = g.tensors[i];
@@ -317,12 +361,28 @@ cudaError_t launch_adamw(AdamWGroup g, int sms, cudaStream_t stream) {
   const unsigned grid = tiles < resident ? tiles : resident;
   return with_element(g.dtype, [&]<class T>() {
     if (g.eight) {
-      adamw<T, true><<<grid, kThreads, 0, stream>>>(g, tiles);
+      adamw<T, true, captured><<<grid, kThreads, 0, stream>>>(g, steps, tiles);
     } else {
-      adamw<T, false><<<grid, kThreads, 0, stream>>>(g, tiles);
+      adamw<T, false, captured><<<grid, kThreads, 0, stream>>>(g, steps, tiles);
     }
     return cudaGetLastError();
   });
+}
+
+}  // namespace
+
+cudaError_t launch_adamw(AdamWGroup g, int sms, cudaStream_t stream) {
+  return launch<false>(g, nullptr, sms, stream);
+}
+
+cudaError_t launch_adamw_captured(AdamWGroup g, const AdamWStep* steps, int sms,
+                                  cudaStream_t stream) {
+  return launch<true>(g, steps, sms, stream);
+}
+
+cudaError_t launch_adamw_clock(const AdamWClock& clock, AdamWStep* steps, cudaStream_t stream) {
+  adamw_clock<<<1, kClockThreads, 0, stream>>>(clock, steps);
+  return cudaGetLastError();
 }
 
 }  // namespace qlk::cuda

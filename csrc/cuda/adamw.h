@@ -42,12 +42,28 @@ constexpr int kStateMap = kStateCodes + kStateSearch;  // 32-bit words
 
 struct AdamWGroup {
   AdamWTensor tensors[kAdamWTensors];
-  int count;    // of them; none is empty
+  int count;    // of them
   DType dtype;  // of p and grad, in all of them
   bool eight;   // 8-bit states, in all of them
   AdamWStep step;
   const uint32_t* maps;  // [2][kStateMap], aligned to 16 bytes; null unless `eight`
 };
 cudaError_t launch_adamw(AdamWGroup group, int sms, cudaStream_t stream);
+
+// --- steps that a graph replays: t, and with it the scalars, belong to the device
+// -----------------
+
+// What the scalars are made of. `lr` is read when the kernel runs; null: lr_value, for all replays.
+struct AdamWClock {
+  float* t[kAdamWTensors];  // of each tensor: the steps that it has taken, counted up here
+  int count;
+  const float* lr;
+  double lr_value, beta1, beta2, eps, weight_decay;
+};
+// Counts up each t, and writes the scalars of that step, those of optim.py's _scalars() to the bit.
+cudaError_t launch_adamw_clock(const AdamWClock& clock, AdamWStep* steps, cudaStream_t stream);
+// launch_adamw() with scalars in device memory, of each tensor its own; group.step is not read.
+cudaError_t launch_adamw_captured(AdamWGroup group, const AdamWStep* steps, int sms,
+                                  cudaStream_t stream);
 
 }  // namespace qlk::cuda

@@ -95,8 +95,9 @@ bool may_prefetch(int device, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t run_adamw(AdamWGroup group, const std::vector<AdamWTensor>& tensors, bool prefetch,
-                      int device, cudaStream_t stream) {
+cudaError_t run_adamw(AdamWGroup group, const std::vector<AdamWTensor>& tensors,
+                      const AdamWCaptured* captured, bool prefetch, int device,
+                      cudaStream_t stream) {
   const int sms = attribute(cudaDevAttrMultiProcessorCount, device);
   const size_t launches = (tensors.size() + kAdamWTensors - 1) / kAdamWTensors;
   const auto part = [&](size_t launch) {
@@ -141,7 +142,16 @@ cudaError_t run_adamw(AdamWGroup group, const std::vector<AdamWTensor>& tensors,
     const auto [begin, end] = part(launch);
     group.count = static_cast<int>(end - begin);
     std::copy(tensors.begin() + begin, tensors.begin() + end, group.tensors);
-    error = launch_adamw(group, sms, stream);
+    if (captured == nullptr) {
+      error = launch_adamw(group, sms, stream);
+      continue;
+    }
+    AdamWClock clock = captured->clock;
+    clock.count = group.count;
+    std::copy(captured->t.begin() + begin, captured->t.begin() + end, clock.t);
+    error = launch_adamw_clock(clock, captured->steps + begin, stream);
+    if (error == cudaSuccess)
+      error = launch_adamw_captured(group, captured->steps + begin, sms, stream);
   }
   return error;
 }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import json
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -13,7 +16,9 @@ from torch import Tensor
 from qlora_kernels import cuda, ops, optim, paging
 from qlora_kernels.emulator import runtime
 
+from ..conftest import EMULATED
 from .conftest import REAL, Gpu
+from .test_streams import Streams
 
 SIZES = [1, 255, 256, 257, 4097, 70001]
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
@@ -36,6 +41,14 @@ def driver(gpu: Gpu) -> paging.Driver:
     return paging.Driver(gpu.lib, 0, wrap, lambda: None)
 
 
+@functools.cache
+def _defined() -> torch.library.Library:
+    """optim.py's own op, in the emulated namespace too."""
+    library = torch.library.Library(EMULATED, "FRAGMENT")
+    library.define(optim.SCHEMA)
+    return library
+
+
 @pytest.fixture
 def on_gpu(monkeypatch, make_gpu) -> Iterator[Callable[..., Gpu]]:
     """``on_gpu(...)``: a GPU whose kernel optim.py uses for the parameters at ``gpu.mine``: in the
@@ -49,7 +62,8 @@ def on_gpu(monkeypatch, make_gpu) -> Iterator[Callable[..., Gpu]]:
         made[:] = [gpu := make_gpu(**options)]
         gpu.mine = set()
         if not REAL:
-            kernel = optim.Kernel(gpu.ops.adamw_, driver(gpu))
+            _defined()
+            kernel = optim.Kernel(gpu.ops.adamw_, gpu.ops.adamw_capturable_, driver(gpu))
             monkeypatch.setattr(
                 optim, "kernel_for", lambda p: kernel if p.data_ptr() in gpu.mine else None
             )
@@ -379,7 +393,7 @@ def test_paged_states_are_managed_fetched_and_freed(on_gpu, bits) -> None:
     assert managed(gpu) == []
 
 
-def test_no_prefetch_where_memory_is_not_shared_or_a_graph_is_captured(on_gpu, monkeypatch) -> None:
+def test_no_prefetch_where_memory_is_not_shared(on_gpu, monkeypatch) -> None:
     gpu = on_gpu()
     if REAL:
         pytest.skip("of the stand-in's devices")
@@ -393,22 +407,111 @@ def test_no_prefetch_where_memory_is_not_shared_or_a_graph_is_captured(on_gpu, m
     assert managed(gpu) and "cudaMemPrefetchAsync" not in gpu.runtime.calls
     monkeypatch.setattr(runtime, "device_attribute", table)
 
-    lib, stream, graph = gpu.lib, ctypes.c_void_p(), ctypes.c_void_p()
-    assert lib.cudaStreamCreateWithFlags(ctypes.byref(stream), 1) == 0
-    assert lib.cudaStreamBeginCapture(stream, 0) == 0
-    lib.qlk_emulated_stream(stream)
-    before = [params[0][0].detach().clone()]
-    optimizers[0].step()
-    lib.qlk_emulated_stream(None)
-    assert lib.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0
-    ready = ctypes.c_void_p()
-    assert lib.cudaGraphInstantiate(ctypes.byref(ready), graph, 0) == 0
-    assert "cudaMemPrefetchAsync" not in gpu.runtime.calls
-    assert torch.equal(params[0][0].detach(), before[0]), "captured, not run"
-    assert lib.cudaGraphLaunch(ready, stream) == 0 and lib.cudaStreamSynchronize(stream) == 0
-    optimizers[1].step()
-    assert same(params[0][0], params[1][0])
-    lib.qlk_emulated_release()
+
+# --- graphs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("where", ["device", "paged"])
+def test_a_captured_step_takes_the_next_one_at_each_replay(on_gpu, where, bits) -> None:
+    """t, bias correction and learning rate are those of the replay; 65 tensors are two launches;
+    some are a step behind."""
+    gpu = on_gpu()
+    sizes, late = [5000, *[4096 + i for i in range(64)]], (3, 64)
+    params = pair(gpu, random(sizes, torch.bfloat16))
+    lr = gpu(torch.tensor(1e-2))
+    paged = where == "paged"
+    kind = functools.partial(optim.AdamW, optim_bits=bits, weight_decay=0.1)
+    optimizers = [
+        kind(params[0], lr=lr, is_paged=paged, capturable=True),
+        kind(params[1], lr=1e-2),
+    ]
+    rate = float(lr)
+
+    def grads(seed: int) -> None:
+        for i, g in enumerate(random(sizes, torch.bfloat16, seed=seed)):
+            for p, move in zip((params[0][i], params[1][i]), (gpu, lambda g: g), strict=True):
+                if p.grad is None or seed < 2:
+                    p.grad = None if seed == 0 and i in late else move(g.clone())
+                else:
+                    p.grad.copy_(g)
+
+    for seed in (0, 1):  # states and gradients are there before the capture
+        grads(seed)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr if optimizer is optimizers[0] else rate
+            optimizer.step()
+    streams, replay = Streams(gpu), []
+    calls = len(gpu.runtime.calls) if gpu.runtime else 0
+    before = [p.detach().cpu().clone() for p in params[0]]
+    with streams.capture(replay):
+        optimizers[0].step()
+    if gpu.runtime:
+        assert not {"cudaMemPrefetchAsync", "cudaMallocManaged"} & set(gpu.runtime.calls[calls:])
+    assert all(same(p, old) for p, old in zip(params[0], before, strict=True)), "nothing ran yet"
+    for t in (2, 3, 4):
+        grads(t)
+        lr.fill_(1e-2 / t)
+        optimizers[1].param_groups[0]["lr"] = float(lr)
+        before = [p.detach().clone() for p in params[1]]
+        replay[0]()
+        optimizers[1].step()
+        check(optimizers, params, before)
+        with torch.no_grad():
+            for a, b in zip(*params, strict=True):
+                a.copy_(b)
+    taken = [int(optimizers[0].state[p]["step"]) for p in params[0]]
+    assert taken == [optimizers[1].state[p]["step"] for p in params[1]]
+    assert taken == [4 if i in late else 5 for i in range(len(sizes))]
+    streams.wait()
+
+
+def test_the_devices_scalars_are_the_hosts_to_the_bit(on_gpu) -> None:
+    """Few steps and many, betas of every kind, a learning rate in a tensor and as a number."""
+    gpu = on_gpu()
+    steps = [0, 1, 2, 3, 8, 999, 1000, 65_535, 1_000_000, 2**24 - 2]
+    for betas in ((0.9, 0.999), (0.0, 0.5), (0.95, 0.99999), (1 - 2**-24, 0.98)):
+        for rate in (1e-3, 2e-4, 0.0):
+            for given in (gpu(torch.tensor(rate)), None):
+                n = len(steps)
+                ones = [gpu(torch.ones(8)) for _ in range(4 * n)]
+                t = [gpu(torch.tensor(float(s))) for s in steps]
+                scratch = gpu(torch.empty(n, 8))
+                options = [rate if given is None else 7.0, *betas, 1e-8, 0.1]
+                lists = [ones[i * n : (i + 1) * n] for i in range(4)]
+                gpu.ops.adamw_capturable_(*lists, [], [], None, t, given, options, scratch, False)
+                lr = rate if given is None else float(given)
+                group = {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.1}
+                want = torch.tensor([optim._scalars(group, s + 1) for s in steps])
+                assert torch.equal(scratch.cpu(), want), (betas, rate, given)
+                assert [int(s) for s in t] == [s + 1 for s in steps]
+
+
+def test_a_capture_that_could_not_be_replayed_is_refused(on_gpu, monkeypatch) -> None:
+    gpu = on_gpu()
+    params, _ = pair(gpu, random([5000], torch.float32))
+    params[0].grad = gpu(torch.ones(5000))
+    plain, fresh = optim.AdamW(params), optim.AdamW(params, capturable=True)
+    plain.step()
+    before = len(gpu.kernels)
+    monkeypatch.setattr(optim, "_capturing", lambda p: True)
+    with pytest.raises(RuntimeError, match=r"learning rate and bias correction.*capturable=True"):
+        plain.step()
+    with pytest.raises(RuntimeError, match="take a step before the capture"):
+        fresh.step()
+    assert not fresh.state[params[0]] and plain.state[params[0]]["step"] == 1
+    plain.param_groups[0]["capturable"] = True
+    with pytest.raises(RuntimeError, match="take a step before the capture"):
+        plain.step()
+    monkeypatch.setattr(optim, "_capturing", lambda p: False)
+    plain.step()
+    assert plain.state[params[0]]["step"] == torch.tensor(2.0)
+    assert len(gpu.kernels) == (before + 2 if gpu.runtime else 0), "the clock, and the update"
+    monkeypatch.setattr(optim, "_capturing", lambda p: True)
+    plain.step()
+    plain.state[params[0]]["state1"] = torch.zeros(5000, device="meta")
+    with pytest.raises(RuntimeError, match="lie in the host's memory"):
+        plain.step()
 
 
 def test_launches_wait_for_what_is_fetched(on_gpu) -> None:
@@ -568,6 +671,154 @@ def test_bad_arguments_are_named(on_gpu) -> None:
     assert gpu.kernels == []
     gpu.ops.adamw_([p[:0]], [g[:0]], [s[:0]], [s[:0]], [], [], None, [0.5] * 8, False)
     assert gpu.kernels == []
+
+    t, scratch = gpu(torch.zeros(()), torch.empty(1, 8))
+
+    def capturable(g=(g,), t=(t,), lr=None, options=(0.5,) * 5, scratch=scratch):
+        lists = ([p], list(g), [s], [s.clone()], [], [], None, list(t))
+        gpu.ops.adamw_capturable_(*lists, lr, list(options), scratch, False)
+
+    bad = {
+        "grads, state1 and state2 must be lists of 1": {"g": ()},
+        "t must be a list of 1 tensors": {"t": ()},
+        "t must be contiguous with 1 values": {"t": (gpu(torch.zeros(2)),)},
+        "t must be contiguous": {"t": (gpu(torch.zeros((), dtype=torch.int64)),)},
+        "lr must be contiguous with 1 values": {"lr": gpu(torch.zeros((), dtype=torch.float64))},
+        "options must be lr, beta1": {"options": (0.5,) * 4},
+        "scratch must be contiguous with 8 values": {"scratch": scratch[:, :7]},
+    }  # fmt: skip
+    for words, arguments in bad.items():
+        with pytest.raises(RuntimeError, match=words):
+            capturable(**arguments)
+    assert gpu.kernels == []
+
+
+def test_opcheck(_cuda_ops_on_the_cpu) -> None:
+    """What is written is what the schema says, in eager mode and compiled; of both ops, with both
+    kinds of states."""
+    _defined()
+    space = torch.ops.qlora_kernels
+    override = torch.library.Library(ops.NAMESPACE, "IMPL")
+    emulated = getattr(torch.ops, EMULATED).adamw_capturable_.default
+    override.impl("adamw_capturable_", emulated, "CPU", allow_override=True)
+    try:
+        p, g, m, v = (torch.randn(n) for n in (300, 300, 300, 300))
+        v.abs_()
+        codes = torch.randint(0, 255, (2, 300), dtype=torch.uint8).unbind()
+        scales = torch.rand(2, 2).unbind()
+        step = optim._scalars({"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0}, 3)
+        for lists in (
+            ([p], [g], [m], [v], [], [], None),
+            ([p], [g], [codes[0]], [codes[1]], [scales[0]], [scales[1]], optim.state_maps()),
+        ):
+            torch.library.opcheck(space.adamw_.default, (*lists, step, False))
+            more = ([torch.ones(())], torch.tensor(0.1), [0.0, 0.9, 0.99, 1e-8, 0.0])
+            args = (*lists, *more, torch.empty(1, 8), False)
+            torch.library.opcheck(space.adamw_capturable_.default, args)
+    finally:
+        override._destroy()
+
+
+# --- the check at first use ----------------------------------------------------------------------
+
+
+class Planted:
+    """A namespace of ops in which one result of one op is off by an ulp, as of a wrong index."""
+
+    def __init__(self, gpu: Gpu, op: str = "", argument: int = 0, fails: bool = False) -> None:
+        self.gpu, self.op, self.argument, self.fails = gpu, op, argument, fails
+        self.calls = 0
+
+    def __getattr__(self, op: str):
+        def run(*args):
+            self.calls += 1
+            if op == self.op and self.fails:
+                raise RuntimeError("an illegal instruction was encountered")
+            getattr(self.gpu.ops, op)(*args)
+            if op == self.op and args[self.argument]:
+                t = args[self.argument][1]
+                t[77 % t.numel()] += 1 if t.dtype == torch.uint8 else 1e-3
+
+        return run
+
+
+@pytest.fixture
+def settle(on_gpu, tmp_path, monkeypatch) -> Callable[..., bool]:
+    """``settle(namespace, who)``: what the first use of AdamW on a device finds."""
+    monkeypatch.setenv("QLORA_KERNELS_CACHE", str(tmp_path))
+    gpu = on_gpu()
+
+    def run(namespace=None, who: str = "a GPU, driver 1, build 2") -> bool:
+        return cuda.settle_other("adamw", optim.check, namespace or gpu.ops, gpu.device, who)
+
+    run.gpu = gpu
+    return run
+
+
+def test_a_right_kernel_passes_its_check_once(settle, tmp_path) -> None:
+    """What is known of the linear layers' kernels is kept beside it, and the other way round."""
+    counted, who = Planted(settle.gpu), "a GPU, driver 1, build 2"
+    cuda.write_cache("checks.json", {who: {"gemm": []}, "another": {"gemm": ["wrong"]}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert settle(counted)
+        calls = counted.calls
+        assert calls == 12 and settle(counted) and counted.calls == calls, "read from the cache"
+        assert settle(counted, "a GPU, driver 2, build 2")
+    assert counted.calls == 2 * calls, "another driver is another check"
+    kept = json.loads((tmp_path / "checks.json").read_text())
+    assert kept[who] == {"gemm": [], "adamw": []} and kept["another"] == {"gemm": ["wrong"]}
+    found = cuda.checked(who, ("gemm", "decode_mma"), lambda: {"gemm": ["w"], "decode_mma": []})
+    assert found == {"gemm": ["w"], "decode_mma": []}, "one of the two was not there"
+    assert cuda.read_cache("checks.json")[who] == {"adamw": [], **found}
+
+
+@pytest.mark.parametrize("op", ["adamw_", "adamw_capturable_"])
+@pytest.mark.parametrize("argument", [0, 2, 3, 4, 5], ids=["p", "m", "v", "absmax1", "absmax2"])
+def test_a_wrong_kernel_is_switched_off_with_a_report(settle, op, argument) -> None:
+    with pytest.warns(UserWarning, match="switched off on this GPU: adamw") as caught:
+        assert not settle(Planted(settle.gpu, op, argument))
+    words = str(caught[0].message)
+    name = ("p", "", "state1", "state2", "absmax1", "absmax2")[argument]
+    assert f"{name} of 4099: 1 of " in words
+    assert "torch's arithmetic" in words and "Please report" in words and "driver 1" in words
+    with pytest.warns(UserWarning, match="switched off"):
+        assert not settle(), "as the cache says, and says again"
+
+
+def test_a_kernel_that_fails_to_launch_is_switched_off(settle, monkeypatch) -> None:
+    with pytest.warns(UserWarning, match="illegal instruction"):
+        assert not settle(Planted(settle.gpu, "adamw_", fails=True))
+    monkeypatch.setenv("QLORA_KERNELS_SELF_CHECK", "0")
+    assert settle()
+
+
+def test_parameters_go_on_without_a_kernel_that_is_wrong(settle, monkeypatch) -> None:
+    """kernel_for() asks once in a process, and not while a graph is captured."""
+    gpu, capturing, asked = settle.gpu, [True], []
+
+    def planted(*_):
+        asked.append(1)
+        return ["wrong"]
+
+    monkeypatch.setattr(cuda, "_PASSED", {})
+    monkeypatch.setattr(cuda, "library", lambda: gpu.lib)
+    monkeypatch.setattr(cuda, "identity_of", lambda *_: "a GPU, driver 3")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    device = torch.device("cuda", 0)
+    assert cuda.passes("adamw", planted, device) and not asked
+    capturing[0] = False
+    with pytest.warns(UserWarning, match="switched off on this GPU: adamw"):
+        assert not cuda.passes("adamw", planted, device)
+    assert not cuda.passes("adamw", planted, device) and len(asked) == 1
+
+    def unready(*_):
+        raise OSError("no such library")
+
+    monkeypatch.setattr(cuda, "_PASSED", {})
+    monkeypatch.setattr(cuda, "identity_of", unready)
+    with pytest.warns(UserWarning, match="adamw was not checked: no such library"):
+        assert cuda.passes("adamw", planted, device)
 
 
 def test_switched_off_by_name(monkeypatch) -> None:
