@@ -96,6 +96,28 @@ assert torch.equal(tokens, want["tokens"])
     python(code=code)
 
 
+@pytest.mark.full
+def test_what_bitsandbytes_cannot_read_is_refused_without_this_package(
+    tiny_model, tmp_path
+) -> None:
+    """And not loaded with weights drawn anew."""
+    code = f"""{LOAD}
+from qlora_kernels.integrations.transformers import QLoRAKernelsConfig
+model = load({str(tiny_model)!r}, quantization_config=QLoRAKernelsConfig(bnb_4bit_blocksize=16))
+model.save_pretrained({str(tmp_path)!r})
+"""
+    python(code=code)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "qlora_kernels"
+    code = f"""{LOAD}
+try:
+    load({str(tmp_path)!r})
+except RuntimeError as error:
+    print(error)
+"""
+    assert "ignore_mismatched_sizes" in python(code=code)
+
+
 def test_a_checkpoint_of_theirs_is_taken_over(tiny_model, tmp_path) -> None:
     pytest.importorskip("bitsandbytes")
     theirs = f"""{LOAD}

@@ -13,8 +13,8 @@ file counts as resident), and takes bitsandbytes' 4-bit checkpoints without bits
 What bitsandbytes can read is saved as its checkpoint (``quant_method: bitsandbytes``), with a mark
 by which this module knows its own: with this package it gives our layers, without it bitsandbytes'.
 Other formats and block sizes are saved under ``qlora_kernels``, which ``import qlora_kernels``
-makes known to transformers. (A transformers that has not imported this package skips quantizers
-that it does not know and *initialises the weights anew*, with a warning.)
+makes known to transformers. One that has not imported this package refuses them: it warns of an
+unknown quantization type, and packed weights have not the shapes of the layers.
 """
 
 from __future__ import annotations
@@ -435,10 +435,12 @@ class _PeerConfig(BitsAndBytesConfig):
         return reader.from_dict(config_dict, *args, **kwargs)
 
 
-def _peer_quantizer(config: Any, **kwargs: Any) -> HfQuantizer:
+class _PeerQuantizer(HfQuantizer):
     """What serves a ``BitsAndBytesConfig`` of 4 bits: bitsandbytes, unless ``enable()`` holds."""
-    chosen = BitsAndBytesQuantizer if takeover.enabled() else _THEIR_QUANTIZER
-    return chosen(config, **kwargs)
+
+    def __new__(cls, config: Any, **kwargs: Any) -> Any:
+        chosen = BitsAndBytesQuantizer if takeover.enabled() else _THEIR_QUANTIZER
+        return chosen(config, **kwargs)
 
 
 _THEIR_QUANTIZER = AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
@@ -485,7 +487,7 @@ def install() -> None:
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(QLoRAKernelsConfig)
         register_quantizer(METHOD)(QLoRAKernelsQuantizer)
-        AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = _peer_quantizer
+        AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = _PeerQuantizer
         AUTO_QUANTIZATION_CONFIG_MAPPING["bitsandbytes_4bit"] = _PeerConfig
 
 
