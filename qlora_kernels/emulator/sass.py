@@ -465,6 +465,9 @@ def _build(
         elif last.base in ("EXIT", "KILL", "RET"):
             block.exits = True
             next_ = [falls] if conditional else []
+        elif last.base == "CALL" and ".L_" in last.operands[-1]:
+            # ptxas also leaves loops by a CALL of a label in the same function, for good.
+            next_ = [to, falls] if last.predicated else [to]
         elif last.base == "CALL":
             if to is not None:
                 block.calls.append(to)

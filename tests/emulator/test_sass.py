@@ -275,6 +275,22 @@ def test_listings_that_are_none_are_refused():
         sass.parse(broken)
 
 
+def test_a_loop_left_by_a_call_of_a_label_is_a_loop():
+    """ptxas ends far loops so: nothing returns, and what follows is no function of its own."""
+    code = ["S2R R0, SR_TID.X", "IADD3 R0, R0, 0x1, RZ", "@P0 CALL.REL.NOINC `(.L_x_1)",
+            "BRA `(.L_x_0)", "EXIT"]  # fmt: skip
+    labels = {1: ".L_x_0", 4: ".L_x_1"}
+    listing = "\t.target\tsm_80\n.text.k:\n"
+    for i, text in enumerate(code):
+        listing += f"{labels[i]}:\n" if i in labels else ""
+        listing += f"        /*{16 * i:04x}*/   {text} ;\n"
+    function = sass.parse(listing)["k"]
+    (loop,) = function.loops
+    assert [len(b.instructions) for b in function.blocks] == [1, 2, 1, 1]
+    assert loop.header == 1 and loop.blocks == {1, 2}
+    assert not any(block.calls for block in function.blocks)
+
+
 @pytest.mark.parametrize(("target", "opcode"), [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
 def test_tritons_matrix_product_on_each_generation(target, opcode):
     triton = pytest.importorskip("triton")
