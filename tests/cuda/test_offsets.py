@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_kernels import reference
+from qlora_kernels import optim, reference
 from qlora_kernels.emulator import runtime, toolchain
 from qlora_kernels.emulator.runtime import EmulatedRuntime, LaunchRequest
 from qlora_kernels.formats import get_format
@@ -112,6 +112,74 @@ def test_quantize(blockwise, blocksize) -> None:
         assert getattr(rt.lib, name)(ctypes.byref(problem), None) == 0
     assert torch.equal(packed[-want[0].numel() :], want[0])
     assert torch.equal(absmax[-want[1].numel() :], want[1])
+
+
+# --- AdamW: the last CTA of as many as there are tiles, which has the last 2033 values ------------
+
+
+class AdamWTensor(ctypes.Structure):
+    _fields_ = [
+        *[(n, ctypes.c_void_p) for n in ("p", "grad", "state1", "state2", "absmax1", "absmax2")],
+        ("count", ctypes.c_int64), ("first_tile", ctypes.c_uint), ("wide", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+class AdamWGroup(ctypes.Structure):
+    _fields_ = [
+        ("tensors", AdamWTensor * 60), ("count", ctypes.c_int), ("dtype", ctypes.c_int),
+        ("eight", ctypes.c_bool), ("step", ctypes.c_float * 8), ("maps", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adamw(tmp_path_factory) -> Path:
+    compiled = toolchain.compile_object(SOURCES / "adamw.cu", ["sm_80"], OPTIONS)
+    return toolchain.link_library([compiled], tmp_path_factory.mktemp("adamw") / "adamw.so")
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_adamw(adamw, bits) -> None:
+    """The whole of a tensor's last tile, and its ragged end: with 32-bit states 8.6 GB each."""
+    tile, done = 4096, 2033
+    tail = tile + done
+    count = (1 << 31) + tail
+    # Tensors as the optimizer has them after a step, and after the next one.
+    small = torch.randn(tail).to(BF16).requires_grad_()
+    optimizer = optim.AdamW([small], lr=1e-2, optim_bits=bits)
+    small.grad = torch.randn(tail).to(BF16)
+    optimizer.step()
+    states = {n: t for n, t in optimizer.state[small].items() if isinstance(t, Tensor)}
+    values = {"p": small.detach().clone(), "grad": small.grad, **states}
+    large = {}
+    for name, t in values.items():
+        blockwise = name.startswith("absmax")
+        large[name] = zeros(-(-count // 256) if blockwise else count, dtype=t.dtype)
+        large[name][-t.numel() :] = t
+    optimizer.step()
+    with emulated(adamw) as rt:
+        group = AdamWGroup(count=1, dtype=DTYPES[BF16], eight=bits == 8)
+        at = {name: rt.pointer(t).value for name, t in large.items()}
+        group.tensors[0] = AdamWTensor(**at, count=count)
+        group.step[:] = optim._scalars(optimizer.param_groups[0], 2)
+        group.maps = rt.pointer(optim.state_maps()).value
+        launch = getattr(rt.lib, f"{NS}12launch_adamwENS0_10AdamWGroupEiP11CUstream_st")
+        launch.argtypes = [AdamWGroup, ctypes.c_int, ctypes.c_void_p]  # by value, as in C++
+        assert launch(group, count // tile, None) == 0
+        (grid,) = {one.grid for one in rt.launches}
+    assert grid[0] == count // tile + 1
+    want = {"p": small.detach(), **states}
+    for name, t in large.items():
+        if name == "grad":
+            continue
+        part = -(-done // 256) if name.startswith("absmax") else done
+        got, whole = t[-part:], want[name][-part:]
+        if name == "p":  # the root on a CPU, and 8-bit states' quotient, are not IEEE's
+            assert ((got - whole).abs() <= 2.0**-7 * whole.abs()).all() and not got.equal(
+                values["p"][-part:]
+            )
+        else:
+            assert torch.equal(got, whole), name
+        assert not t[:100_000].any(), f"{name}: an offset was cut to 32 bits"
 
 
 # --- the gradient of x: of 1024 rows by almost 2^22 columns a CTA has the last columns ------------

@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_kernels import cuda, formats, reference
+from qlora_kernels import cuda, formats, optim, reference
 from qlora_kernels.formats import get_format
 
+from . import test_adamw as adamw
+from .test_adamw import _nearest_roots, on_gpu  # noqa: F401
 from .test_linear import Case
 from .test_quantize import hard_values, same_bits
 
@@ -26,12 +28,17 @@ BUILT = "QLORA_KERNELS_BUILT_FOR_TURING"
 inside = pytest.mark.skipif(BUILT not in os.environ, reason=f"run by {__name__}.test_on_a_t4")
 
 
+def runs_what_a_t4_would(gpu) -> None:
+    assert gpu.runtime.launches
+    for launch in gpu.runtime.launches:
+        assert re.search(r"^\.target sm_75", launch.ptx, re.MULTILINE), launch.name
+
+
 @pytest.fixture
 def t4(make_gpu):
     gpu = make_gpu("t4")
     yield gpu
-    for launch in gpu.runtime.launches:
-        assert re.search(r"^\.target sm_75", launch.ptx, re.MULTILINE), launch.name
+    runs_what_a_t4_would(gpu)
 
 
 @pytest.mark.full
@@ -123,3 +130,35 @@ def test_first_use_passes_its_check(t4) -> None:
         assert cuda.check_route(t4.ops, t4.device, "decode_simt", torch.float16) == []
     finally:
         lib.qlk_cuda_disable(0, 0)
+
+
+@inside
+@pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
+@pytest.mark.parametrize("paged", [False, True], ids=["", "paged"])
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+def test_adamw(on_gpu, dtype, bits, paged, capturable) -> None:  # noqa: F811
+    """bf16 too: it is converted, which a T4 does in a few instructions more."""
+    gpu = on_gpu(device="t4")
+    sizes = [5000, 4096, 300]
+    params = adamw.pair(gpu, adamw.random(sizes, dtype))
+    kind = optim.PagedAdamW if paged else optim.AdamW
+    optimizers = [
+        kind(p, optim_bits=bits, capturable=on, **adamw.OPTIONS)
+        for p, on in zip(params, (capturable, False), strict=True)
+    ]
+    for t in range(2):
+        before = [p.detach().clone() for p in params[1]]
+        adamw.train(gpu, optimizers, params, adamw.random(sizes, dtype, seed=t))
+        adamw.check(optimizers, params, before)
+        with torch.no_grad():
+            for a, b in zip(*params, strict=True):
+                a.copy_(b)
+    runs_what_a_t4_would(gpu)
+
+
+@inside
+def test_adamws_first_use(on_gpu) -> None:  # noqa: F811
+    gpu = on_gpu(device="t4")
+    assert optim.check(gpu.ops, gpu.device) == []
+    runs_what_a_t4_would(gpu)
