@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,3 +253,19 @@ def test_powers_are_powers() -> None:
     for base in (0.0, 0.9, 0.999, 1 - 2.0**-24):
         for n in (0, 1, 2, 3, 10, 1000, 12_345):
             assert optim.power(base, n) == pytest.approx(base**n, rel=1e-13)
+
+
+def test_the_page(capsys, monkeypatch, tmp_path) -> None:
+    """The code of docs/optimizer.md prints what stands there. (The graph: test_adamw.py.)"""
+    monkeypatch.setenv("QLORA_KERNELS_PAGING", str(tmp_path))
+    page = Path(__file__).parents[1] / "docs" / "optimizer.md"
+    text = page.read_text()
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "CUDAGraph" not in b]
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+    first, *where, m, v = capsys.readouterr().out.splitlines()
+    assert first == "torch.uint8 2.03125" and f"# {first}; 32-bit states: 8\n" in text
+    said = re.findall(r"\*\*\w+\)\)  # (\w+)", text)
+    assert where == said and len(said) == 3
+    assert f"\n    {m}\n    {v}\n" in text, (m, v)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ from ..conftest import EMULATED
 from .conftest import REAL, Gpu
 from .test_streams import Streams
 
-SIZES = [1, 255, 256, 257, 4097, 70001]
+PAGE = Path(__file__).parents[2] / "docs" / "optimizer.md"
+SIZES = [1, 255, 256, 257, 4097, 4352, 70001]
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
 
 
@@ -158,6 +161,21 @@ def test_more_tensors_than_a_launch_takes(on_gpu, bits) -> None:
 
 
 @pytest.mark.parametrize("bits", [32, 8])
+def test_more_tiles_than_blocks_reside(on_gpu, bits) -> None:
+    """Each block walks over several tiles, of tensors that may be empty: at either end, in between,
+    and all of them."""
+    gpu = on_gpu(device="rtx3050-laptop")  # 32 blocks
+    sizes = [0, 4096 * 33 + 5, 0, 0, 5000, 4096 * 2, 0]
+    params = pair(gpu, random(sizes, torch.bfloat16))
+    optimizers = [optim.AdamW(p, optim_bits=bits, **OPTIONS) for p in params]
+    before = [p.detach().clone() for p in params[1]]
+    train(gpu, optimizers, params, random(sizes, torch.bfloat16, seed=2))
+    check(optimizers, params, before)
+    if gpu.runtime:
+        assert {launch.grid[0] for launch in gpu.runtime.launches} == {32}
+
+
+@pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_unaligned_views(on_gpu, dtype, bits) -> None:
     """Parameters, gradients and states that start anywhere; what lies around them stays."""
@@ -179,6 +197,36 @@ def test_unaligned_views(on_gpu, dtype, bits) -> None:
         optimizer.step()
     check(optimizers, params, before)
     assert (room.detach()[:off] == 7).all() and (room.detach()[off + n :] == 7).all()
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("which", ["p", "grad", "state1", "state2"])
+def test_one_unaligned_of_four(on_gpu, which, bits) -> None:
+    gpu = on_gpu()
+    params = pair(gpu, random([5000], torch.float32))
+    optimizers = [optim.AdamW(p, optim_bits=bits, **OPTIONS) for p in params]
+    train(gpu, optimizers, params, random([5000], torch.float32, seed=2))
+    (mine,), (theirs,) = params
+    with torch.no_grad():
+        theirs.copy_(mine)
+    before, states = [theirs.detach().clone()], optimizers[0].state[mine]
+
+    def aside(t: Tensor) -> Tensor:
+        room = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
+        return room[1:].copy_(t.detach())
+
+    (grad,) = random([5000], torch.float32, seed=3)
+    mine.grad, theirs.grad = gpu(grad.clone()), grad
+    if which == "p":
+        mine.data = aside(mine)
+        gpu.mine.add(mine.data_ptr())
+    elif which == "grad":
+        mine.grad = aside(mine.grad)
+    else:
+        states[which] = aside(states[which])
+    for optimizer in optimizers:
+        optimizer.step()
+    check(optimizers, params, before)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
@@ -485,6 +533,43 @@ def test_the_devices_scalars_are_the_hosts_to_the_bit(on_gpu) -> None:
                 want = torch.tensor([optim._scalars(group, s + 1) for s in steps])
                 assert torch.equal(scratch.cpu(), want), (betas, rate, given)
                 assert [int(s) for s in t] == [s + 1 for s in steps]
+
+
+def test_the_graph_of_the_page(on_gpu, monkeypatch, capsys) -> None:
+    """docs/optimizer.md's, as it stands there, torch's graph being the stand-in's."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    (text,) = [b for b in blocks if "CUDAGraph" in b]
+    gpu = on_gpu()
+    if not REAL:
+        streams = Streams(gpu)
+
+        class Graph:
+            def __init__(self) -> None:
+                self.runs: list[Callable[[], None]] = []
+
+            def replay(self) -> None:
+                self.runs[0]()
+
+        mine = torch.zeros(1)
+        gpu.mine.add(mine.data_ptr())
+        kernel = optim.kernel_for(mine)
+        monkeypatch.setattr(optim, "kernel_for", lambda p: kernel)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph: streams.capture(graph.runs))
+    names = {"device": gpu.device}
+    exec(compile(blocks[0] + text, str(PAGE), "exec"), names)
+    assert capsys.readouterr().out.splitlines()[-1] == "3.0"
+    # One step against the ones, two along them at half the rate: bias corrections of steps 1 to 3.
+    theirs = [torch.nn.Parameter(torch.zeros(64, 64))]
+    plain = optim.AdamW8bit(theirs)
+    for rate, gradient in ((2e-4, 1.0), (1e-4, -1.0), (1e-4, -1.0)):
+        plain.param_groups[0]["lr"] = float(torch.tensor(rate))
+        theirs[0].grad = torch.full((64, 64), gradient)
+        monkeypatch.setattr(optim, "kernel_for", lambda p: None)
+        plain.step()
+    torch.testing.assert_close(names["params"][0].cpu(), theirs[0], rtol=1e-6, atol=0)
+    if not REAL:
+        streams.wait()
 
 
 def test_a_capture_that_could_not_be_replayed_is_refused(on_gpu, monkeypatch) -> None:
