@@ -599,6 +599,32 @@ def test_a_capture_that_could_not_be_replayed_is_refused(on_gpu, monkeypatch) ->
         plain.step()
 
 
+def waits_for_its_own_and_no_more(pending) -> None:
+    """Of three queued launches each waits for its own states, but not for the next one's; those
+    wait for the launch before it, but not for itself."""
+
+    def needs(op) -> set:
+        found: set = set()
+        new = set(op.after)
+        while new:
+            found |= new
+            new = set().union(*(one.after for one in new)) - found
+        return found
+
+    fetches = [op for op in pending if op.what == "cudaMemPrefetchAsync"]
+    launches = [op for op in pending if "adamw" in op.what]
+    assert len(launches) == 3 and len(fetches) == 150
+    parts = [set(fetches[60 * i : 60 * (i + 1)]) for i in range(3)]
+    for i, launch in enumerate(launches):
+        awaited = needs(launch)
+        assert parts[i] <= awaited, "runs before its states are there"
+        for later in parts[i + 1 :]:
+            assert not later & awaited, "waits for what it does not need"
+        for fetch in parts[i]:
+            before = {n for n, one in enumerate(launches) if one in needs(fetch)}
+            assert before == set(range(i - 1)), "what it pushes out may be in use, or it comes late"
+
+
 def test_launches_wait_for_what_is_fetched(on_gpu) -> None:
     """In any order that streams and events allow, with three launches on a stream of the test's."""
     if REAL:
@@ -616,10 +642,9 @@ def test_launches_wait_for_what_is_fetched(on_gpu) -> None:
         stream = gpu.runtime.stream(blocking=False)
         gpu.lib.qlk_emulated_stream(stream)
         optimizer.step()
-        # A launch waits for its own states to be there.
+        waits_for_its_own_and_no_more(gpu.runtime._pending)
         order: list[str] = []
-        pending = {id(op): op for op in gpu.runtime._pending}
-        for op in pending.values():
+        for op in gpu.runtime._pending:
             run = op.run
             op.run = lambda run=run, what=op.what, to=order: (to.append(what), run())
         gpu.lib.qlk_emulated_release()
