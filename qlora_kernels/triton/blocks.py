@@ -152,7 +152,7 @@ def _table_asm(dtype: str) -> str:
 
 # Eight codes, $4, to four pairs of values, $0 ... $3, by a table, $5 ... $12. The earlier of a pair
 # is in its low half. PRMT picks 4 bytes out of 8 by 4 selectors of 3 bits; a mask of the codes' top
-# bits chooses between the two halves of the table. 22 instructions.
+# bits chooses between the two halves of the table. 21 instructions.
 def _decode_asm() -> str:
     lines = [
         ".reg .b32 bits, shifted, picks, top, a, b, l, h;",

@@ -145,6 +145,11 @@ def test_beyond_2_to_the_31(make_triton_gpu, tail) -> None:
     assert same_bits(absmax[-want[1].numel() :], want[1])
 
 
+def test_sm_100_executes_what_has_no_matrix_product(make_triton_gpu) -> None:
+    make_triton_gpu("b200")
+    check(torch.randn(TILE + 100).bfloat16(), "nf4", 64)
+
+
 def test_results_do_not_depend_on_the_order_of_warps_and_blocks(make_triton_gpu) -> None:
     gpu = make_triton_gpu("a100", orders=4)
     check(hard_values(2 * TILE + 100, torch.float32, 4096), "nf4", 4096)
