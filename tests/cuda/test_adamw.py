@@ -273,6 +273,29 @@ def test_hard_values_of_8_bit_states(on_gpu) -> None:
             params[0][0].copy_(params[1][0])
 
 
+def test_zeros_of_8_bit_states(on_gpu) -> None:
+    """m = -0 has zero's code, not the smallest negative one; and 0 / 0, of a value without a
+    gradient where eps is 0, leaves p as it is."""
+    gpu = on_gpu()
+    params = pair(gpu, random([4096], torch.float32))
+    options = {"lr": 1e-2, "betas": (0.0, 0.5), "weight_decay": 0.0}
+    optimizers = [optim.AdamW8bit(p, **options) for p in params]
+    for grad in (-torch.ones(4096), torch.where(torch.arange(4096) % 2 == 0, -0.0, 1.0)):
+        before = [p.detach().clone() for p in params[1]]
+        train(gpu, optimizers, params, [grad])
+        check(optimizers, params, before)
+        with torch.no_grad():
+            params[0][0].copy_(params[1][0])
+    zero = int((optim.nested_code() == 0).nonzero()[0])
+    assert (optimizers[0].state[params[0][0]]["state1"][::2] == zero).all()
+
+    (mine,), _ = pair(gpu, random([4096], torch.float32))
+    before = mine.detach().clone()
+    mine.grad = gpu(torch.where(torch.arange(4096) % 2 == 0, 0.0, 1.0))
+    optim.AdamW8bit([mine], eps=0.0, weight_decay=0.0).step()
+    assert torch.equal(mine[::2], before[::2]) and (mine[1::2] < before[1::2]).all()
+
+
 def test_every_boundary_between_codes(on_gpu) -> None:
     """Values on, just below and just above each boundary, and each code itself: one step from
     states of zero with beta1 = 0 leaves m = g and v = (1 - beta2) g^2."""
