@@ -15,19 +15,17 @@ gradients and states after some steps, and stands for the others. For each dtype
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import math
 import sys
 from pathlib import Path
 
+import cuda_common
 import harness
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cuda_common import Bar
 
 from qlora_kernels import optim
-from qlora_kernels.emulator import devices, model, sass, toolchain
+from qlora_kernels.emulator import devices, toolchain
 from qlora_kernels.emulator.runtime import EmulatedRuntime
 from tests.cuda.launchers import DTYPES, OPTIONS, SOURCES
 
@@ -84,38 +82,27 @@ def measure(library: Path, key: str, dtype: torch.dtype, bits: int, tiles: int =
         launch.argtypes = [AdamWGroup, ctypes.c_int, ctypes.c_void_p]
         assert launch(group, 0, None) == 0, rt.errors
         (done,) = rt.launches
-    counts = done.counts
-    function = sass.load(done.ptx, device.target)[done.kernel]
-    dynamic = function.dynamic(counts.by_ptx_line(), math.ceil(done.threads / 32))
+    # The one CTA that ran, by itself.
+    found = cuda_common.counted(device, done, blocks=1)
+    work, dynamic = found.work, found.dynamic
     size = dtype.itemsize
     needed = 3 * size + (16 if bits == 32 else 4 + 16 / 256)
     moved = sum(32.0 * (r["distinct_read"] + r["sectors_written"])
-                for r in counts.regions if r["name"] != "maps")  # fmt: skip
+                for r in done.counts.regions if r["name"] != "maps")  # fmt: skip
     values_s = device.dram_bandwidth / needed
     slots = 32 * device.issue_slots / values_s
     clocks = device.sms * device.clock / values_s
     return {
         "bytes": needed, "sass": dynamic.per_item(n),
         "slots": dynamic.per_item(n) / slots,
-        "shared": (model.wavefronts_of(counts, dynamic) + model.l1_cycles_of(counts, device))
-        / n / clocks, "sectors": moved / (needed * n), "unexplained": dynamic.unexplained,
-        "registers": done.resources.registers,
+        "shared": (work.wavefronts + work.l1_cycles) / n / clocks,
+        "sectors": moved / (needed * n), "unexplained": dynamic.unexplained,
+        "registers": found.registers,
     }  # fmt: skip
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one device")
-    parser.add_argument("--devices", nargs="+", default=["a100", "h100", "h200", "rtx4090"])
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
-    missing = toolchain.available()
-    if missing:
-        print(missing)
-        return 0
-    args.threads = 1
-    if args.quick:
-        args.devices = args.devices[:1]
+    args = cuda_common.parse(cuda_common.parser(__doc__, shapes=()))
     cubin = toolchain.compile_object(SOURCES / "adamw.cu", ["sm_80"], OPTIONS)
     library = toolchain.link_library([cubin], toolchain.cache_dir() / "adamw_benchmark.so")
     figures = []
@@ -134,7 +121,14 @@ def main() -> int:
                      f"{f['shared']:.0%}", f"{f['sectors']:.3f}"]
                 )  # fmt: skip
         harness.print_table(head, rows)
-    harness.write_json(args, {"figures": figures})
+    bars = []
+    for f in figures:
+        who = f"{f['device']}, p {f['dtype'].removeprefix('torch.')}, {f['bits']}-bit states"
+        why = f"{f['sass']:.1f} SASS for {f['bytes']:.1f} bytes a value"
+        bars.append(Bar(f"{who}: SASS / issue slots", f["slots"], BAR, why))
+        bars.append(Bar(f"{who}: sectors moved / needed", f["sectors"], 1.02))
+    cuda_common.print_bars(bars, met=False)
+    cuda_common.write(args, bars, figures=figures)
     return 0
 
 

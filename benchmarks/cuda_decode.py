@@ -17,29 +17,23 @@ data sheet's bandwidth. For each number of rows and pass:
 
 from __future__ import annotations
 
-import argparse
+import functools
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import cuda_common
 import harness
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cuda_common import SHAPES, Bar
 
 from qlora_kernels import formats
-from qlora_kernels.emulator import devices, model, sass, toolchain
+from qlora_kernels.emulator import devices, model
 from qlora_kernels.emulator.listing import listing
 from qlora_kernels.emulator.runtime import EmulatedRuntime
 from tests.cuda.decode_launchers import MMA, SIMT, Launcher, library
 from tests.cuda.launchers import Quantized
 
-SHAPES = {
-    "7B q": (4096, 4096), "7B up": (11008, 4096), "7B down": (4096, 11008),
-    "70B q": (8192, 8192), "70B k": (1024, 8192), "70B up": (28672, 8192),
-    "70B down": (8192, 28672),
-}  # fmt: skip
 # (rows, route, dx, rank)
 CASES = [
     (1, SIMT, False, 0), (1, MMA, False, 0), (2, MMA, False, 0), (4, MMA, False, 0),
@@ -82,32 +76,19 @@ def measure(q: Quantized, key: str, rows: int, route: int, dx: bool, rank: int) 
     loop = total = shared = l2 = seconds = kernel = 0.0
     bound = ""
     for launch in run(q, key, rows, route, dx, rank):
-        counts = launch.counts
-        cubin = toolchain.assemble(launch.ptx, device.target)
-        use = cubin.resources[launch.kernel]
-        function = sass.load(launch.ptx, device.target)[launch.kernel]
-        dynamic = function.dynamic(counts.by_ptx_line(), math.ceil(launch.threads / 32))
-        own = sum(32.0 * (r["distinct_read"] + r["sectors_written"]) for r in counts.regions)
-        work = model.work_of(
-            launch.name, dynamic, device, blocks=launch.blocks, threads=launch.threads,
-            registers=use.registers, shared=use.shared + launch.shared,
-            dram_read=0.0, dram_write=0.0, l2_bytes=own * launch.blocks,
-            wavefronts=model.wavefronts_of(counts, dynamic) * launch.blocks,
-            l1_cycles=model.l1_cycles_of(counts, device) * launch.blocks, emulated=1,
-        )  # fmt: skip
+        found = cuda_common.counted(device, launch)
+        work, dynamic = found.work, found.dynamic
         main = "decode_linear<" in launch.name or "decode_input_grad<" in launch.name
         if main:
-            weights = n * k / 2 * (4.127 / 4)
-            work.dram_read = weights  # x, A, B and sums stay in L2
+            work.dram_read = n * k / 2 * (4.127 / 4)  # x, A, B and sums stay in L2
             if dynamic.main_loop is not None:
-                loop = dynamic.per_item(eights / launch.blocks, dynamic.main_loop.blocks)
-            packed = next(r for r in counts.regions if r["name"] == "packed")
+                loop = dynamic.per_item(eights, dynamic.main_loop.blocks)
+            packed = next(r for r in launch.counts.regions if r["name"] == "packed")
             again = read_again(packed)
             unexplained = dynamic.unexplained
-        total += dynamic.per_item(eights / launch.blocks)
-        clock_share = (work.wavefronts + work.l1_cycles) / (eights / 32)
-        shared += clock_share
-        l2 += own * launch.blocks
+        total += dynamic.per_item(eights)
+        shared += (work.wavefronts + work.l1_cycles) / (eights / 32)
+        l2 += work.l2_bytes
         # Queued launches follow each other; a kernel without its weight is all latency.
         modelled = model.model(work, device)
         seconds += modelled.time
@@ -121,6 +102,12 @@ def measure(q: Quantized, key: str, rows: int, route: int, dx: bool, rank: int) 
         "limit": n * k * 4.127 / 8 / device.dram_bandwidth * 1e6, "bound": bound,
         "unexplained": unexplained,
     }  # fmt: skip
+
+
+def remembered(q: Quantized, *question) -> dict:
+    """:func:`measure`, once."""
+    make = functools.partial(measure, q, *question)
+    return cuda_common.remembered(library(), make, "decode", q.shape, *question)
 
 
 def read_again(region: dict) -> float:
@@ -138,14 +125,12 @@ def fewest_l2(n: int, k: int, m: int, sms: int) -> float:
     return 1 + 32 / 1024 + min(whole, cut if b < k else whole)
 
 
-def verdicts(figures: list[dict]) -> list[dict]:
+def verdicts(figures: list[dict]) -> list[Bar]:
     """The bars of decode, each with its worst case and what bounds it there."""
-    found = []
+    found: list[Bar] = []
 
     def bar(what: str, value: float, limit: float, why: str = "") -> None:
-        found.append(
-            {"bar": what, "value": value, "limit": limit, "met": value <= limit, "why": why}
-        )
+        found.append(Bar(what, value, limit, why))
 
     by = {(f["shape"], f["device"], f["case"]): f for f in figures}
     devices_here = list(dict.fromkeys(f["device"] for f in figures))
@@ -182,24 +167,12 @@ def print_listing() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one shape, one device")
-    parser.add_argument("--devices", nargs="+", default=["a100", "h100", "h200", "rtx4090"])
+    parser = cuda_common.parser(__doc__)
     parser.add_argument("--listing", action="store_true", help="docs/kernels.md's, and no more")
-    results = Path(__file__).parent / "results"
-    parser.add_argument("--out", type=Path, default=results / "cuda_decode.json")
-    args = parser.parse_args()
-    missing = toolchain.available()
-    if missing:
-        print(missing)
-        return 0
-    args.threads = 1
+    args = cuda_common.parse(parser)
     if args.listing:
         print_listing()
         return 0
-    if args.quick:
-        args.devices = args.devices[:1]
-    shapes = dict(list(SHAPES.items())[:1]) if args.quick else SHAPES
     head = [
         "case",
         "loop",
@@ -214,13 +187,14 @@ def main() -> int:
         "bound by",
     ]
     figures = []
-    for name, (n, k) in shapes.items():
+    for name in args.shapes:
+        n, k = SHAPES[name]
         q = weight(n, k)
         for key in args.devices:
             print(f"\n{name} {n} x {k} on {devices.get_device(key)} (modelled)")
             rows = []
             for m, route, dx, rank in CASES:
-                f = measure(q, key, m, route, dx, rank)
+                f = remembered(q, key, m, route, dx, rank)
                 label = f"{'dx' if dx else 'y'} m={m} {'mma' if route == MMA else 'simt'}"
                 label += f" r={rank}" if rank else ""
                 figures.append({"shape": name, "n": n, "k": k, "device": key, "case": label, **f})
@@ -232,11 +206,8 @@ def main() -> int:
                 )  # fmt: skip
             harness.print_table(head, rows)
     bars = verdicts(figures)
-    missed = [b for b in bars if not b["met"]]
-    print(f"\n{len(bars) - len(missed)} of {len(bars)} bars met; the others:")
-    for b in missed:
-        print(f"  MISSED {b['bar']:62} {b['value']:6.2f} > {b['limit']:.2f}  {b['why']}")
-    harness.write_json(args, {"bars": bars, "figures": figures})
+    cuda_common.print_bars(bars, met=False)
+    cuda_common.write(args, bars, figures=figures)
     return 0
 
 

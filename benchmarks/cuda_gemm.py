@@ -2,61 +2,42 @@
 
 No GPU is needed and none is used. The launchers run in the emulator, a few CTAs of each grid; what
 it counts of PTX becomes SASS for each device's architecture (docs/emulator_model.md), and these the
-bars that the kernels are held to. Times are *modelled*, and so is what they are compared with:
-bitsandbytes' plan for the same rows, dequantization at DRAM speed and a dense product at the
-tensor cores' peak (wgmma's on Hopper), the larger of its DRAM and its tensor time.
+bars that the kernels are held to. Busy shares are *modelled*; modelled times on all shapes and
+devices, beside dequantization and a dense product, are cuda_dispatch.py's.
 
-    python benchmarks/cuda_gemm.py                      # bars, then times on the LLaMA shapes
-    python benchmarks/cuda_gemm.py --quick              # one shape
+    python benchmarks/cuda_gemm.py                      # the bars
     python benchmarks/cuda_gemm.py --rank -M 64         # every tile and split, by modelled time
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import cuda_common
+import cuda_decode
 import numpy as np
 import torch
+from cuda_common import BITS, SHAPES, Bar
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from qlora_kernels import cuda
+from qlora_kernels.emulator.devices import Device, get_device
+from qlora_kernels.emulator.launch import Region, launch
+from qlora_kernels.emulator.model import Modelled, Work, model
+from qlora_kernels.emulator.runtime import EmulatedRuntime, _parsed
+from tests.cuda import gemm_launchers as launchers
+from tests.cuda.launchers import FORWARD, INPUT_GRAD, SOURCES, Quantized
 
-import cuda_decode  # noqa: E402
-
-from qlora_kernels import cuda  # noqa: E402
-from qlora_kernels.emulator import sass, toolchain  # noqa: E402
-from qlora_kernels.emulator.devices import Device, get_device  # noqa: E402
-from qlora_kernels.emulator.launch import Region, launch  # noqa: E402
-from qlora_kernels.emulator.model import (  # noqa: E402
-    Modelled,
-    Work,
-    l1_cycles_of,
-    model,
-    wavefronts_of,
-    work_of,
-)  # fmt: skip
-from qlora_kernels.emulator.runtime import EmulatedRuntime, _parsed  # noqa: E402
-from tests.cuda import gemm_launchers as launchers  # noqa: E402
-from tests.cuda.launchers import FORWARD, INPUT_GRAD, SOURCES, Quantized  # noqa: E402
-
-DEVICES = ("a100", "h100", "h200", "rtx4090")
-SHAPES = {  # out, in
-    "7B q k v o": (4096, 4096), "7B gate up": (11008, 4096), "7B down": (4096, 11008),
-    "70B q o": (8192, 8192), "70B gate up": (28672, 8192), "70B down": (8192, 28672),
-}  # fmt: skip
 LARGE = SHAPES["70B gate up"]
 PASSES = {FORWARD: "forward", INPUT_GRAD: "dX"}
-BITS = {False: 4.5, True: 4.127}  # a weight, blocks of 64
 
 
 def tiles(pass_: int) -> list[tuple[int, ...]]:
@@ -113,53 +94,31 @@ class Sampler:
         plane = gx * gy
         planes = range(gz) if is_gemm(kernel.name) else [0]
         times_a_plane = gz / len(planes)
-        executions: dict[int, float] = {}
-        totals = dict.fromkeys(("sectors", "wavefronts", "conflicts", "passes", "l1"), 0.0)
-        threads = math.prod(request.block)
-        warps = math.ceil(threads / 32)
-        result = None
+        shared_rows = np.array([
+            re.match(r"(ld|st)\.shared|ldmatrix", i.opcode) is not None for i in kernel.instructions
+        ])  # fmt: skip
+        samples, wavefronts, conflicts, result = [], 0.0, 0.0, None
         for z in planes:
             result = launch(
                 kernel, request.grid, request.block, bytes(packed), regions,
                 shared_bytes=request.shared, device=self.device, checks=("counts",),
                 blocks=[z * plane], trust_regions=True, registers=request.registers,
             )  # fmt: skip
-            counts = result.counts
             times = times_a_plane * plane
-            for line, n in counts.by_ptx_line().items():
-                executions[line] = executions.get(line, 0.0) + n * times
-            for r in counts.regions:
-                # L1 serves what a block reads again.
-                totals["sectors"] += 32.0 * (r["distinct_read"] + r["sectors_written"]) * times
-            one = sass.load(request.ptx, self.device.target)[kernel.name]
-            dynamic = one.dynamic(counts.by_ptx_line(), warps)
-            totals["passes"] += wavefronts_of(counts, dynamic) * times
-            totals["l1"] += l1_cycles_of(counts, self.device) * times
-            table = counts.instructions
-            shared_rows = [
-                re.match(r"(ld|st)\.shared|ldmatrix", i.opcode) is not None
-                for i in kernel.instructions
-            ]
-            chosen = table[np.array(shared_rows)]
-            totals["wavefronts"] += float(chosen["wavefronts"].sum()) * times
-            totals["conflicts"] += (
-                float(chosen["wavefronts"].sum() - chosen["wavefronts_ideal"].sum()) * times
-            )
-        function = sass.load(request.ptx, self.device.target)[kernel.name]
-        blocks = plane * gz
-        dynamic = function.dynamic(executions, warps * blocks)
-        use = toolchain.assemble(request.ptx, self.device.target).resources[kernel.name]
-        work = work_of(
-            kernel.name, dynamic, self.device, blocks=blocks, threads=threads,
-            registers=use.registers, shared=use.shared + request.shared, dram_read=0.0,
-            dram_write=0.0, l2_bytes=totals["sectors"], wavefronts=totals["passes"],
-            l1_cycles=totals["l1"],
+            samples.append((result.counts, times))
+            chosen = result.counts.instructions[shared_rows]
+            wavefronts += float(chosen["wavefronts"].sum()) * times
+            excess = chosen["wavefronts"].sum() - chosen["wavefronts_ideal"].sum()
+            conflicts += float(excess) * times
+        what = SimpleNamespace(
+            ptx=request.ptx, kernel=kernel.name, blocks=plane * gz, shared=request.shared,
+            threads=math.prod(request.block),
         )  # fmt: skip
-        work.barriers = use.barriers
+        found = cuda_common.counted(self.device, what, samples)
         self.kernels.append(
             Kernel(
-                kernel.name, work, dynamic, warps * blocks, main_loop(dynamic),
-                totals["wavefronts"], totals["conflicts"],
+                kernel.name, found.work, found.dynamic, found.warps, main_loop(found.dynamic),
+                wavefronts, conflicts,
             )
         )  # fmt: skip
         return result
@@ -321,43 +280,7 @@ def ranked(device: str, pass_: int, m: int, n: int, k: int, **options: Any) -> l
     return sorted(calls, key=lambda c: c.seconds)
 
 
-# --- what it is compared with ---
-
-
-def dense_seconds(device: Device, m: int, n: int, k: int) -> float:
-    """A dense bf16 product as cuBLAS would do it at best: its bytes or its products."""
-    moved = 2.0 * (n * k + m * k + m * n)
-    return max(moved / device.dram_read, 2.0 * m * n * k / device.tensor["bf16"]) + device.launch
-
-
-def unfused_seconds(device: Device, m: int, n: int, k: int, nested: bool) -> float:
-    """Dequantization at DRAM speed (4 bits in, 16 out), then the dense product."""
-    moved = n * k * (BITS[nested] / 8 + 2.0)
-    return moved / device.dram_read + 0.45 * device.launch + dense_seconds(device, m, n, k)
-
-
 # --- bars ---
-
-
-@dataclass
-class Bar:
-    """One bar of the kernels: a count, its limit, and what bounds it where it is missed."""
-
-    what: str
-    value: float
-    limit: float
-    why: str = ""
-    at_least: bool = False
-
-    @property
-    def met(self) -> bool:
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
-
-    def __str__(self) -> str:
-        sign = ">=" if self.at_least else "<="
-        mark = "met   " if self.met else "MISSED"
-        tail = f"  {self.why}" if self.why and not self.met else ""
-        return f"  {mark} {self.what:64} {self.value:7.2f} {sign} {self.limit:.2f}{tail}"
 
 
 #: A tile for each number of rows: what the ranking picks on A100 for the large shapes.
@@ -456,73 +379,15 @@ def bars(nested: bool = True) -> list[Bar]:
     return found
 
 
-# --- times ---
-
-
-def times(device: str, pass_: int, rows: Sequence[int], shapes: dict[str, tuple[int, int]],
-          rank: int) -> list[dict[str, Any]]:  # fmt: skip
-    gpu, out = get_device(device), []
-    for name, (n, k) in shapes.items():
-        for m in rows:
-            best = min(
-                (call(device, pass_, m, n, k, t, s, rank=rank)
-                 for t, s in near(gpu, pass_, m, n, k)),
-                key=lambda c: c.seconds,
-            )  # fmt: skip
-            weights = n * k * BITS[True] / 8 / gpu.dram_read
-            rival = unfused_seconds(gpu, m, n, k, True)
-            dense = dense_seconds(gpu, m, n, k)
-            t = best.gemm_time
-            out.append({
-                "device": device, "pass": PASSES[pass_], "shape": name, "n": n, "k": k, "m": m,
-                "rank": rank, "tile": best.tile, "splits": best.splits,
-                "modelled_us": best.seconds * 1e6, "bound_by": t.bottleneck,
-                "of_reading_the_weights": best.seconds / weights,
-                "speedup_over_dequantize_and_dense": rival / best.seconds,
-                "speedup_over_dense": dense / best.seconds,
-                "sass_for_8_weights": best.sass(), "alu_for_8_weights": best.sass("alu"),
-                "tensor_busy": t.utilisation("tensor cores"),
-            })  # fmt: skip
-            print(
-                f"{device:8} {PASSES[pass_]:8} {name:12} M {m:3}  {best.tile!s:24} x"
-                f" {best.splits:2}"
-                f" {best.seconds * 1e6:8.1f} us  {best.seconds / weights:5.2f} x reading W"
-                f"  {rival / best.seconds:5.2f} x dequantize + dense"
-                f"  {dense / best.seconds:5.2f} x dense   {t.bottleneck}",
-                flush=True,
-            )
-    return out
-
-
-def near(gpu: Device, pass_: int, m: int, n: int, k: int) -> list[tuple[Any, int]]:
-    """The tile of the table above and a few splits around one full wave."""
-    chosen = FORWARD_TILES if pass_ == FORWARD else GRAD_TILES
-    tile = chosen[next(r for r in chosen if m <= r)]
-    if shared_bytes(tile, pass_) > gpu.sm.shared_optin - 1024:
-        tile = chosen[64]
-    possible = [s for t, s in choices(gpu, pass_, m, n, k) if t == tile]
-    width = tile[1] if pass_ == FORWARD else tile[2]
-    grid = math.ceil(m / tile[0]) * math.ceil((n if pass_ == FORWARD else k) / width)
-    wanted = 2 * gpu.sms / grid
-    return [(tile, s) for s in sorted(possible, key=lambda s: abs(math.log(s / wanted)))[:2]]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one shape, one device")
+def main() -> int:
+    parser = cuda_common.parser(__doc__, shapes=[s for s in SHAPES if s != "70B k v"])
     parser.add_argument("--rank", action="store_true", help="rank every tile and split instead")
-    parser.add_argument("--device", choices=DEVICES, help="this one alone")
     parser.add_argument("-M", type=int, nargs="*", default=[16, 64, 256], help="rows")
     parser.add_argument("-r", type=int, default=0, help="LoRA's rank")
-    parser.add_argument(
-        "--json", type=Path, default=Path(__file__).parent / "results/cuda_gemm.json"
-    )
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    devices = [args.device] if args.device else ["a100"] if args.quick else list(DEVICES)
-    shapes = dict(list(SHAPES.items())[:1]) if args.quick else SHAPES
+    args = cuda_common.parse(parser)
     if args.rank:
-        for device in devices:
+        shapes = {name: SHAPES[name] for name in args.shapes}
+        for device in args.devices:
             for name, (n, k) in shapes.items():
                 for pass_ in PASSES:
                     for m in args.M:
@@ -531,19 +396,13 @@ def main() -> None:
                                 f"{device} {name} {PASSES[pass_]} M {m} {c.tile} x {c.splits}: "
                                 f"{c.seconds * 1e6:.1f} us, {c.gemm_time.bottleneck}"
                             )
-        return
+        return 0
     print("Bars (counts of SASS on sm_80; busy shares are modelled):")
     found = bars()
-    print(*found, sep="\n", flush=True)
-    print("\nModelled times, nested scales, blocks of 64, as nodes of a graph:")
-    rows = [
-        row for device in devices for pass_ in PASSES
-        for row in times(device, pass_, args.M, shapes, args.r)
-    ]  # fmt: skip
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    bar_rows = [{**asdict(b), "met": b.met} for b in found]
-    args.json.write_text(json.dumps({"modelled": True, "bars": bar_rows, "times": rows}, indent=1))
+    cuda_common.print_bars(found)
+    cuda_common.write(args, found)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,6 +27,7 @@
 #include "cuda/call_cuda.h"
 #endif
 #include "cuda/device.h"
+#include "cuda/gemm_tiles.h"
 #include "cuda/launchers.h"
 #include "torch_args.h"
 
@@ -251,6 +252,18 @@ Tensor large_input_grad(Call& call, const Weight& w, int64_t m, const Tensor& dy
   return dx;
 }
 
+// round(dS) [m, rank], which the GEMM of dx has left in its workspace (elements of the compute
+// dtype): dA's product takes it from there, and dS is not converted a second time.
+Tensor ds_of_workspace(Tensor& workspace, const Plan& plan, const Shape& shape) {
+  const GemmWorkspace space =
+      gemm_workspace(shape.pass, shape.m, shape.n, shape.k, shape.rank, false, plan.splits);
+  const int64_t columns = ceil_div(shape.rank, kLoraPad) * kLoraPad;
+  const int64_t first = space.lora / kElementBytes;
+  const Tensor flat = torch::stable::narrow(workspace, 0, first, shape.m * columns);
+  Tensor padded = as_matrix(flat, shape.m, columns);
+  return torch::stable::narrow(padded, 1, 0, shape.rank);
+}
+
 // --- linear --------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax,
@@ -327,8 +340,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_4bit_backward(
   if (need_dx && g.m > 0) {
     const Weight w = weight_of(call, args, g.w, g.n, g.k);
     const int64_t rank = lora_in_dx ? g.rank : 0;
-    const Plan plan =
-        plan_for(call.device(), shape_of(Pass::input_grad, w, g.m, rank, false, g.compute));
+    const Shape shape = shape_of(Pass::input_grad, w, g.m, rank, false, g.compute);
+    const Plan plan = plan_for(call.device(), shape);
     if (plan.route == Route::large) {
       dx = large_input_grad(call, w, g.m, dy, g.compute);
       if (lora) multiply_ds();
@@ -336,7 +349,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_4bit_backward(
       dx = torch::stable::view(cast(dx, g.dx_dtype), g.dx_sizes);
     } else {
       dx = new_tensor(dy, g.dx_sizes, dx_dtype);
-      Tensor workspace = new_tensor(dy, {plan.workspace_bytes}, ScalarType::Byte);
+      Tensor workspace =
+          new_tensor(dy, {ceil_div(plan.workspace_bytes, size_of(g.compute))}, compute);
       InputGradProblem p{};
       p.w = w;
       p.m = g.m, p.rank = rank;
@@ -352,6 +366,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_4bit_backward(
       p.workspace = call.out(workspace);
       check(launch_input_grad(p, plan, call.stream()), route_name(plan.route));
       if (lora && !lora_in_dx) multiply_ds();
+      if (lora_in_dx && plan.route == Route::gemm)
+        rounded_ds = ds_of_workspace(workspace, plan, shape);
     }
   } else {
     if (need_dx) dx = new_tensor(dy, g.dx_sizes, dx_dtype);

@@ -360,3 +360,84 @@ def test_finetune_starts_from_equal_losses(tmp_path):
     for found in result["results"].values():
         assert not found["failed"]
         assert all(end["peak"] > 100e6 for end in found["ends"].values())
+
+
+# --- the CUDA benchmarks' common part -----------------------------------------------------------
+
+
+@pytest.fixture
+def common(monkeypatch, tmp_path):
+    monkeypatch.setenv("PTX_EMULATOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", ["cuda_some.py"])
+    import cuda_common
+
+    if missing := cuda_common.toolchain.available():
+        pytest.skip(missing)
+    return cuda_common
+
+
+def test_bars_say_whether_they_are_met(common, capsys):
+    low, high = common.Bar("sass", 31, 30, "loads"), common.Bar("ratio", 1.2, 1.15, "", True)
+    assert not low.met and high.met and common.Bar("sass", 30, 30).met
+    common.print_bars([low, high], met=False)
+    out = capsys.readouterr().out
+    assert "1 of 2 bars met; the others:" in out
+    assert "MISSED sass" in out and "31.00 <= 30.00  loads" in out and "ratio" not in out
+    common.print_bars([low, high])
+    assert "met    ratio" in capsys.readouterr().out
+
+
+def test_cuda_arguments(common, capsys):
+    args = common.parse(common.parser("What it costs.\n", ("a100", "h100")), [])
+    assert args.devices == ["a100", "h100"] and args.shapes == list(common.SHAPES)
+    assert args.out == FOLDER / "results" / "cuda_some.json"
+    quick = common.parse(common.parser("What it costs.", ("a100", "h100")), ["--quick"])
+    assert quick.devices == ["a100"] and len(quick.shapes) == 1
+    assert quick.out.name == "cuda_some-quick.json", "what is committed is of whole runs"
+    with pytest.raises(SystemExit):
+        common.parse(common.parser("What it costs."), ["--devices", "h101"])
+    assert "did you mean" in capsys.readouterr().err
+
+
+def test_cuda_results_are_labelled_and_short(common, tmp_path):
+    args = common.parse(common.parser("x", shapes=()), ["--out", str(tmp_path / "a" / "r.json")])
+    bars = [common.Bar("sass", 31.23456789, 30, "loads")]
+    common.write(args, bars, figures=[{"us": 1 / 3, "m": 4}, {"us": torch.tensor(2.5).numpy()}])
+    text = (tmp_path / "a" / "r.json").read_text()
+    result = json.loads(text)
+    assert "modelled" in result["what"] and "no GPU" in result["what"]
+    assert result["bars"] == [{"what": "sass", "value": 31.235, "limit": 30, "why": "loads",
+                               "at_least": False, "met": False}]  # fmt: skip
+    assert result["figures"] == [{"us": 0.33333, "m": 4}, {"us": 2.5}]
+    assert str(tmp_path) not in text, "where things lay says nothing on another machine"
+
+
+def test_counts_are_remembered_by_kernels_and_question(common, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(common, "_kernels", lambda library: library.name)
+
+    def ask(library, *question):
+        def make():
+            asked.append((library, *question))
+            return {"answer": len(asked)}
+
+        return common.remembered(tmp_path / library, make, *question)
+
+    assert ask("one", "a100", 16) == ask("one", "a100", 16) == {"answer": 1}
+    assert ask("one", "a100", 17) == {"answer": 2} and ask("two", "a100", 16) == {"answer": 3}
+    for broken in (common.toolchain.cache_dir() / "counts").iterdir():
+        broken.write_bytes(b"half a fi")
+    assert ask("one", "a100", 16) == {"answer": 4}
+
+
+def test_what_a_dense_product_takes(common):
+    a100 = common.get_device("a100")
+    many = common.dense_seconds(a100, 8192, 8192, 8192, 0.5, launch=0)
+    assert many == pytest.approx(2 * 8192**3 / (0.5 * a100.tensor["bf16"]))
+    one = common.dense_seconds(a100, 1, 8192, 8192, launch=0)
+    assert one == pytest.approx(2 * (8192**2 + 2 * 8192) / a100.dram_read)
+    more = common.dequantized_seconds(a100, 1, 8192, 8192) - common.dense_seconds(
+        a100, 1, 8192, 8192
+    )
+    moved = 8192**2 * (4.127 / 8 + 2) / a100.dram_read
+    assert more == pytest.approx(moved + 0.45 * a100.launch)

@@ -1,6 +1,8 @@
 #include "device.h"
 
+#include <algorithm>
 #include <array>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -10,11 +12,55 @@ namespace {
 
 constexpr int kMaxDevices = 64;
 
+using ShapeKey = std::tuple<int, int64_t, int64_t, int64_t, int64_t>;
+ShapeKey key_of(Pass pass, int64_t m, int64_t n, int64_t k, int64_t rank) {
+  return {static_cast<int>(pass), m, n, k, rank};
+}
+
+// All that a choice depends on.
+auto fields_of(const Shape& s) {
+  return std::tuple(s.pass, s.m, s.n, s.k, s.rank, s.s_given, s.dtype, s.block_log2, s.scales);
+}
+auto fields_of(const DeviceLimits& d) {
+  return std::tuple(d.major, d.minor, d.sms, d.shared_optin, d.shared_per_sm, d.threads_per_sm,
+                    d.l2_bytes);
+}
+
+// Plans that are kept: a choice prices hundreds of tiles and splits. A model has a few shapes;
+// sequences of any length have no end of them, so a full cache begins again.
+constexpr size_t kKeptPlans = 1024;
+
 // What is known of a device beyond its limits; written from Python (qlora_kernels/cuda.py).
 struct Settings {
   bool seen = false;
   RouteMask disabled = 0;
-  std::map<std::tuple<int, int64_t, int64_t, int64_t, int64_t>, Plan> tuned;
+  std::map<ShapeKey, Plan> tuned;
+  // Of these limits and settings: whoever changes one clears the other.
+  DeviceLimits limits{};
+  std::map<decltype(fields_of(Shape{})), Plan> kept;
+  int64_t kept_hits = 0;
+
+  void disable(RouteMask mask) { disabled = mask, kept.clear(); }
+  void tune(const ShapeKey& key, const Plan& plan) { tuned[key] = plan, kept.clear(); }
+  void forget_tuned() { tuned.clear(), kept.clear(); }
+
+  Plan choose_plan(const Shape& shape) const {
+    const auto found = tuned.find(key_of(shape.pass, shape.m, shape.n, shape.k, shape.rank));
+    if (found != tuned.end()) {
+      Plan plan = found->second;
+      if (!(disabled & bit(plan.route)) && complete(limits, shape, &plan)) return plan;
+    }
+    return choose(limits, shape, disabled).plan;
+  }
+  Plan plan(const DeviceLimits& now, const Shape& shape) {
+    if (fields_of(now) != fields_of(limits)) limits = now, kept.clear();
+    if (const auto found = kept.find(fields_of(shape)); found != kept.end()) {
+      ++kept_hits;
+      return found->second;
+    }
+    if (kept.size() >= kKeptPlans) kept.clear();
+    return kept[fields_of(shape)] = choose_plan(shape);
+  }
 };
 
 // Called once for each device, before the first linear layer on it; true: do not call again.
@@ -24,11 +70,6 @@ FirstUse first_use = nullptr;
 
 std::mutex mutex;
 std::array<Settings, kMaxDevices> settings;
-
-using ShapeKey = std::tuple<int, int64_t, int64_t, int64_t, int64_t>;
-ShapeKey key_of(Pass pass, int64_t m, int64_t n, int64_t k, int64_t rank) {
-  return {static_cast<int>(pass), m, n, k, rank};
-}
 
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
@@ -67,19 +108,10 @@ static void see(int device) {
 
 Plan plan_for(int device, const Shape& shape) {
   see(device);
-  const DeviceLimits limits = limits_of(device);
-  RouteMask disabled = 0;
-  if (device < kMaxDevices) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const Settings& s = settings[device];
-    disabled = s.disabled;
-    const auto found = s.tuned.find(key_of(shape.pass, shape.m, shape.n, shape.k, shape.rank));
-    if (found != s.tuned.end()) {
-      Plan plan = found->second;
-      if (!(disabled & bit(plan.route)) && complete(limits, shape, &plan)) return plan;
-    }
-  }
-  return choose(limits, shape, disabled).plan;
+  const DeviceLimits limits = limits_of(device);  // the driver's own cache: tens of nanoseconds
+  if (device >= kMaxDevices) return choose(limits, shape).plan;
+  const std::lock_guard<std::mutex> lock(mutex);
+  return settings[device].plan(limits, shape);
 }
 
 cudaError_t launch_linear(const LinearProblem& p, const Plan& plan, cudaStream_t stream) {
@@ -151,7 +183,7 @@ QLK_API void qlk_cuda_on_first_use(int (*callback)(int device)) {
 QLK_API void qlk_cuda_disable(int device, unsigned mask) {
   if (device < 0 || device >= qlk::cuda::kMaxDevices) return;
   const std::lock_guard<std::mutex> lock(qlk::cuda::mutex);
-  qlk::cuda::settings[device].disabled = mask;
+  qlk::cuda::settings[device].disable(mask);
 }
 
 // From now on this shape runs so on this device: fields in Plan's order, from `route` to `splits`.
@@ -164,12 +196,32 @@ QLK_API void qlk_cuda_tuned(int device, int pass, int64_t m, int64_t n, int64_t 
   p.tile_m = plan[1], p.tile_n = plan[2], p.tile_k = plan[3];
   p.warps = plan[4], p.stages = plan[5], p.splits = plan[6];
   const std::lock_guard<std::mutex> lock(mutex);
-  settings[device].tuned[key_of(static_cast<Pass>(pass), m, n, k, rank)] = p;
+  settings[device].tune(key_of(static_cast<Pass>(pass), m, n, k, rank), p);
 }
 QLK_API void qlk_cuda_forget_tuned(int device) {
   if (device < 0 || device >= qlk::cuda::kMaxDevices) return;
   const std::lock_guard<std::mutex> lock(qlk::cuda::mutex);
-  qlk::cuda::settings[device].tuned.clear();
+  qlk::cuda::settings[device].forget_tuned();
+}
+
+// How many plans are kept for a device; `hits`: how often one of them was asked for again.
+QLK_API int64_t qlk_cuda_kept_plans(int device, int64_t* hits) {
+  if (device < 0 || device >= qlk::cuda::kMaxDevices) return 0;
+  const std::lock_guard<std::mutex> lock(qlk::cuda::mutex);
+  *hits = qlk::cuda::settings[device].kept_hits;
+  return static_cast<int64_t>(qlk::cuda::settings[device].kept.size());
+}
+
+// The plan that a layer of a bf16 weight with nested scales gets, in qlk_cuda_tuned's order.
+QLK_API void qlk_cuda_plan(int device, int pass, int64_t m, int64_t n, int64_t k, int64_t rank,
+                           int* plan) {
+  using namespace qlk::cuda;
+  const Shape shape{static_cast<Pass>(pass), m, n, k, rank, false, qlk::DType::bf16, 6,
+                    qlk::ScaleKind::nested};
+  const Plan p = plan_for(device, shape);
+  const int fields[] = {
+      static_cast<int>(p.route), p.tile_m, p.tile_n, p.tile_k, p.warps, p.stages, p.splits};
+  std::copy(std::begin(fields), std::end(fields), plan);
 }
 
 // The toolkit that this was built with and the driver here, as CUDA numbers them.

@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <iterator>
+#include <limits>
 
 #include "decode_tiles.h"
 #include "gemm_tiles.h"
@@ -21,10 +22,14 @@ namespace {
 //               switched off.)
 //   mma         until the GEMM, whose x is read once for 128 rows of W and not for 64, has repaid a
 //               second launch and barriers in its steps.
-//   gemm        until dequantization, whose cost does not grow with m, is repaid by torch's matmul:
-//               late where mma.sync reaches the peak (80, 86, 89, 120), earlier where wgmma
-//               (90: 1.6 x) or tcgen05 (100: about 4 x) is out of its reach.
+//   gemm        until dequantization, whose cost does not grow with m, is repaid by torch's matmul
+//               (at 0.8 of the tensor cores' data sheet). Never on an A100 forward, where mma.sync
+//               has the sheet's rate; early for its dx, which shared memory and barriers hold to
+//               0.75 of it, and where wgmma (90: 1.6 x) or tcgen05 (100: about 4 x) is out of
+//               reach. 86 is set by its professional parts, with 6 MB of L2 for x and twice a
+//               GeForce's tensor cores; 89 and 120 end forward where x is beyond L2.
 //   unaligned   rows up to which one thread a weight is still cheaper than writing the weight out
+constexpr int kAll = std::numeric_limits<int>::max();
 struct Row {
   int capability;
   int simt, simt_alone;
@@ -32,10 +37,16 @@ struct Row {
   int unaligned;
 };
 constexpr Row kTable[] = {
-    //   simt alone mma       gemm     unaligned
-    {75, 3, 3, {0, 0}, {0, 0}, 4},       {80, 0, 1, {32, 16}, {256, 256}, 4},
-    {86, 3, 3, {16, 16}, {256, 256}, 4}, {90, 0, 1, {32, 16}, {256, 256}, 4},
-    {100, 0, 1, {32, 16}, {64, 64}, 4},  {120, 3, 3, {16, 16}, {256, 256}, 4},
+    // clang-format off
+    //   simt alone      mma           gemm  unaligned
+    { 75,   3,   3, { 0,  0}, {   0,    0}, 4},
+    { 80,   0,   1, {32, 16}, {kAll,  256}, 4},
+    { 86,   3,   3, {16, 16}, { 384,  512}, 4},
+    { 89,   3,   3, {16, 16}, {2048, kAll}, 4},
+    { 90,   0,   1, {32, 16}, { 192,  128}, 4},
+    {100,   0,   1, {32, 16}, {  64,   64}, 4},
+    {120,   3,   3, {16, 16}, {2048, kAll}, 4},
+    // clang-format on
 };
 
 const Row& row_of(int capability) {
@@ -48,18 +59,44 @@ const Row& row_of(int capability) {
 // --- GEMM tiles ----------------------------------------------------------------------------------
 
 // A step of a CTA in cycles of its multiprocessor: shared with others of its kind, and alone there,
-// when nothing hides what its warps wait for. By the emulator's counts and model of an A100
-// (`benchmarks/cuda_dispatch.py --tiles`), in the lists' order; the tiles of 64 and 96 rows by what
-// they take at 64 to 256 rows in the ranking, where short splits never reach their pace.
+// when nothing hides what its warps wait for. By the emulator's counts and model
+// (`benchmarks/cuda_dispatch.py --tiles` of a100, h100 and rtx4090), in the lists' order; forward
+// on 80 and 90, the tiles of 64 and 96 rows by what they take at 64 to 256 rows in the ranking,
+// where short splits never reach their pace. A GeForce part's tensor cores have a quarter of an
+// A100's rate a multiprocessor, so that short tiles are as quick there; they are priced a quarter
+// higher, for they read x more often from L2, and the professional parts' cores wait for them.
 struct StepCycles {
   int shared, alone;
 };
-constexpr StepCycles kLinearCycles[] = {{1640, 1990}, {1710, 2170}, {920, 1310}, {1750, 2710},
-                                        {2000, 2900}, {1170, 1770}, {9000, 9000}};
-constexpr StepCycles kInputGradCycles[] = {{450, 490}, {450, 520}, {540, 600},  {2100, 2400},
-                                           {300, 360}, {200, 260}, {4500, 4500}};
-static_assert(std::size(kLinearCycles) == std::size(kLinearTiles) &&
-              std::size(kInputGradCycles) == std::size(kInputGradTiles));
+struct Prices {
+  StepCycles linear[std::size(kLinearTiles)], input_grad[std::size(kInputGradTiles)];
+};
+constexpr StepCycles kOneByOne = {9000, 9000};
+// clang-format off
+constexpr Prices kPrices80 = {
+    {{1640, 1990}, {1710, 2170}, {920, 1310}, {1750, 2710}, {2000, 2900}, {1170, 1770}, kOneByOne},
+    {{490, 750}, {540, 930}, {1010, 1750}, {2680, 2680}, {850, 1400}, {525, 1080}, {400, 800},
+     kOneByOne}};
+constexpr Prices kPrices86 = {  // and 89, 120
+    {{2900, 3700}, {5000, 5600}, {1500, 2300}, {4300, 4820}, {6300, 6910}, {2300, 2710}, kOneByOne},
+    {{1210, 1210}, {1810, 1810}, {2650, 2650}, {5500, 5500}, {2100, 2470}, {1120, 1480}, {700, 1000},
+     kOneByOne}};
+constexpr Prices kPrices90 = {  // and 100
+    {{1640, 1990}, {1710, 2170}, {920, 1310}, {1750, 2710}, {2000, 2900}, {1170, 1770}, kOneByOne},
+    {{490, 840}, {540, 950}, {990, 1710}, {3090, 3090}, {840, 1400}, {570, 1240}, {430, 900},
+     kOneByOne}};
+// clang-format on
+
+const Prices& prices_of(int capability) {
+  switch (capability / 10) {
+    case 8:
+      return capability == 80 ? kPrices80 : kPrices86;
+    case 12:
+      return kPrices86;
+    default:
+      return kPrices90;
+  }
+}
 
 constexpr int kMaxSplits = 32;
 constexpr int kMinSteps = 2;       // of a split
@@ -79,7 +116,10 @@ double price(const DeviceLimits& d, const GemmTile& t, StepCycles cycles, int sp
              const Shape& s) {
   const auto busiest = static_cast<double>(ceil_div(tiles_of(t, s) * splits, d.sms));
   const double steps = static_cast<double>(steps_of(t, s)) / splits;
-  const double all = busiest * (steps * (busiest > 1 ? cycles.shared : cycles.alone) + kRampCycles);
+  // Two run at a time, mostly; the last of an odd number is alone.
+  const auto alone = static_cast<double>(static_cast<int64_t>(busiest) % 2);
+  const double a_step = (busiest - alone) * cycles.shared + alone * cycles.alone;
+  const double all = steps * a_step + busiest * kRampCycles;
   if (splits == 1) return all;
   const int64_t outs = s.m * (s.pass == Pass::forward ? s.n : s.k);
   const double moved = 2.0 * 4 * static_cast<double>(splits * outs) / d.sms;  // written and read
@@ -92,6 +132,7 @@ bool sums_stay_in_l2(const DeviceLimits& d, int splits, const Shape& s) {
 
 // The cheapest tile and number of splits of those that fit.
 Plan gemm_plan(const DeviceLimits& d, const Shape& s) {
+  const Prices& prices = prices_of(d.capability());
   Plan best{};
   best.route = Route::large;
   double least = 0;
@@ -110,10 +151,10 @@ Plan gemm_plan(const DeviceLimits& d, const Shape& s) {
   };
   if (s.pass == Pass::forward) {
     for (size_t i = 0; i < std::size(kLinearTiles); ++i)
-      consider(kLinearTiles[i], kLinearCycles[i]);
+      consider(kLinearTiles[i], prices.linear[i]);
   } else {
     for (size_t i = 0; i < std::size(kInputGradTiles); ++i)
-      consider(kInputGradTiles[i], kInputGradCycles[i]);
+      consider(kInputGradTiles[i], prices.input_grad[i]);
   }
   return best;
 }
@@ -125,6 +166,13 @@ Plan large_plan() {
 }
 
 std::string text(int64_t n) { return std::to_string(n); }
+
+// A grid's y and z end at 65535: tiles of outputs, and of 64 rows of x where LoRA's S is formed.
+constexpr int64_t kGridEnd = 65535, kLoraRows = 64;
+bool gemm_grid_fits(const GemmTile& t, const Shape& s) {
+  const int64_t across = s.pass == Pass::forward ? ceil_div(s.n, t.n) : ceil_div(s.k, t.k);
+  return across <= kGridEnd && ceil_div(s.m, kLoraRows) <= kGridEnd;
+}
 
 }  // namespace
 
@@ -149,6 +197,7 @@ bool complete(const DeviceLimits& d, const Shape& s, Plan* p) {
       return true;
     case Route::gemm:
       if (d.capability() < 80 || !gemm_compiled(*p, s)) return false;
+      if (!gemm_grid_fits(tile_of(*p), s)) return false;
       p->shared_bytes = gemm_shared_bytes(*p, s);
       p->workspace_bytes = gemm_workspace_bytes(*p, s);
       break;
@@ -237,14 +286,15 @@ Choice choose(const DeviceLimits& d, const Shape& s, RouteMask disabled) {
   if (s.m <= gemm && take(Route::gemm)) {
     const Plan p = gemm_plan(d, s);
     if (p.route != Route::large)
-      return {p, off + "up to " + text(gemm) + " rows on " + sm +
+      return {p, off + (gemm == kAll ? "any number of" : "up to " + text(gemm)) + " rows on " + sm +
                      ": a weight is decoded once for " + text(p.tile_m) +
                      " rows, and is never written out"};
     off += "no gemm tile fits; ";
   }
-  return large(gemm == 0 ? sm + " has no mma.sync for it"
-                         : "more than " + text(gemm) + " rows on " + sm +
-                               ": dequantization is repaid by torch's matmul");
+  if (gemm == 0) return large(sm + " has no mma.sync for it");
+  if (s.m <= gemm) return large("the next best");
+  return large("more than " + text(gemm) + " rows on " + sm +
+               ": dequantization is repaid by torch's matmul");
 }
 
 }  // namespace qlk::cuda

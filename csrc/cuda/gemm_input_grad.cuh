@@ -68,12 +68,20 @@ struct InputGrad {
   static constexpr int kDyBytes = kTileM * kTileN * kElementBytes;
   static constexpr int kDecodedBytes = kTileN * kTileK * kElementBytes;
   static constexpr int kStageBytes = kDyBytes + (kAnywhere ? 0 : Packed::kBytes);
-  static constexpr int kTilesM = kTileM / 16, kSteps = kTileN / 16;
-  static constexpr int kColumns = kTileK / kWarps;  // of a warp
-  static constexpr int kPairs = kColumns / 16;      // of B tiles
+  // A warp's part of dx: 64 columns of 64 rows, where the tile has as many. Half the rows and twice
+  // the columns, or the reverse, would read a quarter more of shared memory.
+  static constexpr int kRowWarps = kTileM > 64 ? kTileM / 64 : 1, kColumnWarps = kWarps / kRowWarps;
+  static constexpr int kRows = kTileM / kRowWarps, kColumns = kTileK / kColumnWarps;
+  static constexpr int kTilesM = kRows / 16, kSteps = kTileN / 16;
+  static constexpr int kPairs = kColumns / 16;  // of B tiles
   static_assert(kTileN == 8 * kWarps && kColumns % 16 == 0,
                 "8 rows and 16 columns a warp, at least");
   using Accumulators = FragC[kTilesM][2 * kPairs];
+
+  static __device__ __forceinline__ int first_row(int warp) { return warp / kColumnWarps * kRows; }
+  static __device__ __forceinline__ int first_column(int warp) {
+    return warp % kColumnWarps * kColumns;
+  }
 
   // acc += 16 rows of the step: ldmatrix takes the address of row `in_matrix` of matrix `matrix`.
   static __device__ __forceinline__ void multiply(Accumulators& acc, uint32_t dy, uint32_t decoded,
@@ -85,11 +93,11 @@ struct InputGrad {
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m)
       load_matrices(a[m].a, dy + tile_chunk<kDyChunks>(row16, step * 2 + side) * kChunkBytes +
-                                m * 16 * kTileN * kElementBytes);
+                                (first_row(warp) + m * 16) * kTileN * kElementBytes);
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       uint32_t b[4];
-      const int chunk = warp * (kColumns / 8) + pair * 2 + side;
+      const int chunk = first_column(warp) / 8 + pair * 2 + side;
       load_matrices_transposed(b, decoded + step * 16 * kTileK * kElementBytes +
                                       tile_chunk<kChunks>(row16, chunk) * kChunkBytes);
 #pragma unroll
@@ -188,6 +196,7 @@ struct InputGrad {
     const uint32_t to_at = decoded + tile_chunk<kChunks>(row, t * kRunWords) * kChunkBytes;
 
     PendingScale<kind> scale = load_scale(0);
+    look_up(scale, scales);
     RegisterTable<T> table;
     // Weights [begin, end) of step `step`, in reads of the packed tile.
     const auto decode_reads = [&](int step, int begin, int end) {
@@ -219,12 +228,13 @@ struct InputGrad {
     wait_async<kStages - 2>();
     __syncthreads();
     if (0 < weight_steps) {
-      table.build(codebook, scale_value(scale, scales));
+      table.build(codebook, looked_up(scale, scales));
       decode_reads(0, 0, Packed::kReads);
     } else {
       lora_rows(0);
     }
     scale = load_scale(1);
+    look_up(scale, scales);
 
 #pragma unroll 1
     for (int step = 0; step < count; ++step) {
@@ -237,12 +247,13 @@ struct InputGrad {
       const uint32_t dy = stages + step % kStages * kStageBytes;
       const uint32_t from = decoded + step % 2 * kDecodedBytes;
       if (step + 1 < weight_steps && step + 1 < count) {
-        table.build(codebook, scale_value(scale, scales));
+        table.build(codebook, looked_up(scale, scales));
         scale = load_scale(step + 2);
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
-          decode_reads(step + 1, i * Packed::kReads / kSteps, (i + 1) * Packed::kReads / kSteps);
           multiply(acc, dy, from, i);
+          decode_reads(step + 1, i * Packed::kReads / kSteps, (i + 1) * Packed::kReads / kSteps);
+          if (i == kSteps / 2) look_up(scale, scales);
         }
       } else {
         if (step + 1 < count) lora_rows(step + 1);
@@ -296,8 +307,8 @@ struct InputGrad {
             v[i] = odd ? got[i] : first[i];
             v[2 + i] = odd ? second[i] : got[i];
           }
-          const int64_t row = m0 + m * 16 + g + half * 8;
-          const int64_t column = k0 + warp * kColumns + pair * 16 + (odd ? 8 : 0) + t / 2 * 4;
+          const int64_t row = m0 + first_row(warp) + m * 16 + g + half * 8;
+          const int64_t column = k0 + first_column(warp) + pair * 16 + (odd ? 8 : 0) + t / 2 * 4;
           if (row < rows) store_four(v, out, dtype, row * columns + column, column, columns);
         }
       }

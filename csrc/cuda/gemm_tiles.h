@@ -30,8 +30,8 @@ constexpr GemmTile kLinearTiles[] = {
     {96, 128, 128, 4, 2}, {64, 128, 64, 4, 3},  kAnywhereLinearTile,
 };
 constexpr GemmTile kInputGradTiles[] = {
-    {16, 32, 256, 4, 4}, {32, 32, 256, 4, 3}, {64, 32, 256, 4, 4},    {128, 64, 256, 8, 3},
-    {64, 32, 128, 4, 3}, {64, 32, 64, 4, 3},  kAnywhereInputGradTile,
+    {16, 32, 256, 4, 4},  {32, 32, 256, 4, 3}, {64, 32, 256, 4, 4}, {128, 64, 256, 8, 3},
+    {128, 32, 128, 4, 3}, {64, 32, 128, 4, 3}, {64, 32, 64, 4, 3},  kAnywhereInputGradTile,
 };
 
 constexpr int kGemmRegisters = 255;  // a thread may have; a test holds the compiled ones below it

@@ -28,10 +28,18 @@ __device__ __forceinline__ ScaleReader<kind> cached_scales(const Weight& w) {
   return {w.absmax, w.nested_absmax, w.nested_code, kind == ScaleKind::nested ? *w.offset : 0.0f};
 }
 
+// A scale's bytes are asked for at the beginning of the step before its own; in that step's middle
+// a nested one's code, which takes the byte's place; and its value when the step begins.
 template <ScaleKind kind>
-__device__ __forceinline__ float scale_value(const PendingScale<kind>& scale,
-                                             const ScaleReader<kind>& r) {
-  return scale.value([&](uint32_t byte) { return __ldg(r.code + byte); }, r.scalar);
+__device__ __forceinline__ void look_up(PendingScale<kind>& scale, const ScaleReader<kind>& r) {
+  if constexpr (kind == ScaleKind::nested) scale.byte = __float_as_uint(__ldg(r.code + scale.byte));
+}
+template <ScaleKind kind>
+__device__ __forceinline__ float looked_up(const PendingScale<kind>& scale,
+                                           const ScaleReader<kind>& r) {
+  if constexpr (kind == ScaleKind::fp32) return scale.absmax;
+  if constexpr (kind == ScaleKind::nested)
+    return __fadd_rn(__fmul_rn(__uint_as_float(scale.byte), scale.group), r.scalar);
 }
 
 // A run outside of the weight has no bytes, which stand for 0 or the offset: what it decodes to is

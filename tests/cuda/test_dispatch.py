@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import threading
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ SHAPES = [(4096, 4096), (11008, 4096), (28672, 8192), (1024, 8192), (11, 4128), 
 BUILT = cuda.routes()
 # Rows up to which a route is taken, where benchmarks/cuda_dispatch.py ranks it first; [dX].
 LAST_MMA = {"a100": (32, 16), "h100": (32, 16), "h200": (32, 16), "rtx4090": (16, 16),
-            "rtx5090": (16, 16), "b200": (32, 16)}  # fmt: skip
-LAST_GEMM = {"a100": 256, "h100": 256, "rtx4090": 256, "b200": 64}
+            "rtx5090": (16, 16), "a6000": (16, 16), "b200": (32, 16)}  # fmt: skip
+ANY = 10**6
+LAST_GEMM = {"a100": (ANY, 256), "h100": (192, 128), "rtx4090": (2048, ANY), "a6000": (384, 512),
+             "rtx5090": (2048, ANY), "b200": (64, 64)}  # fmt: skip
 
 
 def choose(device="h100", m=16, n=4096, k=4096, **options):
@@ -70,10 +74,14 @@ def test_fp32_is_torchs() -> None:
 @pytest.mark.skipif("gemm" not in BUILT, reason="not compiled in")
 def test_rows_between_decode_and_torch() -> None:
     for backward in (False, True):
-        for device, last in LAST_GEMM.items():
-            first = LAST_MMA[device][backward] + 1
+        for device, lasts in LAST_GEMM.items():
+            last, first = lasts[backward], LAST_MMA[device][backward] + 1
             assert choose(device, first, backward=backward)[0].route == "gemm"
-            assert choose(device, last, backward=backward)[0].route == "gemm"
+            plan, why = choose(device, last, backward=backward)
+            assert plan.route == "gemm"
+            if last == ANY:
+                assert "any number of rows" in why
+                continue
             plan, why = choose(device, last + 1, backward=backward)
             assert plan.route == "large" and f"more than {last} rows" in why
         # Taller tiles for more rows, and never a run of weights that crosses blocks or rows.
@@ -84,6 +92,21 @@ def test_rows_between_decode_and_torch() -> None:
     # Few tiles: the contraction is cut until the device is full; many rows of them: it is not.
     assert choose(m=64, n=1024, k=8192)[0].splits > 4
     assert choose("a100", m=256, n=28672, k=8192)[0].splits == 1
+
+
+@pytest.mark.skipif("gemm" not in BUILT, reason="not compiled in")
+def test_grids_end() -> None:
+    """The GEMM takes as many rows and outputs as a grid has blocks, in y and z 65535."""
+    rows = 65535 * 64  # of which LoRA's S is formed 64 at a time
+    for device, backward in (("a100", False), ("rtx4090", True)):
+        assert choose(device, rows, rank=8, backward=backward)[0].route == "gemm"
+        plan, why = choose(device, rows + 1, rank=8, backward=backward)
+        assert plan.route == "large" and "no gemm tile fits" in why
+    assert choose("rtx4090", 64, n=65535 * 128, k=64)[0].route == "gemm"
+    assert choose("rtx4090", 64, n=65535 * 128 + 8, k=64)[0].route == "large"
+    widest = max(p.tile_k for p in cuda.candidates("rtx4090", 64, 64, 65536, backward=True))
+    assert choose("rtx4090", 64, n=64, k=65535 * widest, backward=True)[0].route == "gemm"
+    assert choose("rtx4090", 64, n=64, k=65536 * widest, backward=True)[0].route == "large"
 
 
 @pytest.mark.skipif("decode_mma" not in BUILT, reason="not compiled in")
@@ -136,3 +159,105 @@ def test_command(capsys) -> None:
         assert "no GPU here" in capsys.readouterr().err
         assert cli.main(["tune"]) == 1
         assert "no GPU is here" in capsys.readouterr().err
+
+
+# --- plans are kept -------------------------------------------------------------------------------
+
+
+class Kept:
+    """The library's plans of layers with nested scales, and how many of them it keeps."""
+
+    def __init__(self, gpu) -> None:
+        self.lib = cuda.bind(gpu.lib)
+        self.lib.qlk_cuda_kept_plans.restype = ctypes.c_int64
+        self.lib.qlk_cuda_kept_plans.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
+        i64 = ctypes.c_int64
+        self.lib.qlk_cuda_plan.argtypes = [
+            ctypes.c_int, ctypes.c_int, i64, i64, i64, i64, ctypes.POINTER(ctypes.c_int)
+        ]  # fmt: skip
+        self.lib.qlk_cuda_forget_tuned(0)  # and so what tests before have left
+
+    def plan(self, m=64, n=4096, k=4096, rank=0, backward=False) -> tuple[int, ...]:
+        fields = (ctypes.c_int * 7)()
+        self.lib.qlk_cuda_plan(0, int(backward), m, n, k, rank, fields)
+        return tuple(fields)
+
+    def count(self) -> tuple[int, int]:
+        hits = ctypes.c_int64()
+        return self.lib.qlk_cuda_kept_plans(0, ctypes.byref(hits)), hits.value
+
+
+def fields(plan: cuda.Plan) -> tuple[int, ...]:
+    return (cuda._host().cuda_routes.index(plan.route), plan.tile_m, plan.tile_n, plan.tile_k,
+            plan.warps, plan.stages, plan.splits)  # fmt: skip
+
+
+@pytest.fixture
+def kept(make_gpu) -> Kept:
+    gpu = make_gpu("a100")
+    if gpu.runtime is None:
+        pytest.skip("asks what the emulated A100 would run")
+    return Kept(gpu)
+
+
+def test_a_shape_is_priced_once(kept: Kept) -> None:
+    assert kept.count()[0] == 0
+    hits = kept.count()[1]
+    for again in range(3):
+        assert kept.plan() == fields(choose("a100", 64)[0])
+        assert kept.count() == (1, hits + again)
+    # Whatever a choice depends on is part of the question.
+    for other in ({"m": 65}, {"n": 4224}, {"k": 8192}, {"rank": 8}, {"backward": True}):
+        before = kept.count()[0]
+        kept.plan(**other)
+        assert kept.count() == (before + 1, hits + 2), other
+    backward = choose("a100", 64, backward=True)[0]
+    assert kept.plan(backward=True) == fields(backward) != kept.plan()
+
+
+def test_kept_plans_follow_what_is_switched_off_and_tuned(kept: Kept, make_gpu) -> None:
+    gemm = kept.plan()
+    assert gemm == fields(choose("a100", 64)[0])
+    kept.lib.qlk_cuda_disable(0, cuda.disabled_mask("gemm"))
+    assert kept.count()[0] == 0
+    assert kept.plan() == fields(choose("a100", 64, disabled="gemm")[0]) != gemm
+    kept.lib.qlk_cuda_disable(0, 0)
+    assert kept.plan() == gemm
+    tuned = next(p for p in cuda.candidates("a100", 64, 4096, 4096) if fields(p) != gemm)
+    chosen = (ctypes.c_int * 7)(*fields(tuned))
+    kept.lib.qlk_cuda_tuned(0, 0, 64, 4096, 4096, 0, chosen)
+    assert kept.count()[0] == 0 and kept.plan() == kept.plan() == fields(tuned)
+    kept.lib.qlk_cuda_forget_tuned(0)
+    assert kept.count()[0] == 0 and kept.plan() == gemm
+    # Another device in the same place, as between tests: nothing of the first one's is left.
+    other = Kept(make_gpu("rtx4090"))
+    assert other.plan(m=3) == fields(choose("rtx4090", 3)[0]) != fields(choose("a100", 3)[0])
+
+
+def test_kept_plans_have_an_end(kept: Kept) -> None:
+    for m in range(33, 33 + 1100):
+        kept.plan(m=m, n=128, k=128)
+    assert 0 < kept.count()[0] <= 1024
+    assert kept.plan(m=64) == fields(choose("a100", 64)[0])
+
+
+def test_kept_plans_are_for_any_thread(kept: Kept) -> None:
+    want = [fields(choose("a100", 64, disabled=off)[0]) for off in ("", "gemm")]
+    wrong = []
+
+    def ask(rank: int) -> None:
+        for _ in range(300):
+            found = kept.plan(rank=rank)
+            if found not in want:
+                wrong.append(found)
+
+    threads = [threading.Thread(target=ask, args=(i % 2,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for i in range(60):
+        kept.lib.qlk_cuda_disable(0, cuda.disabled_mask("gemm" if i % 2 else ""))
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert kept.plan() == want[1], "the last word was that the GEMM is off"
+    kept.lib.qlk_cuda_disable(0, 0)
