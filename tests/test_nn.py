@@ -40,6 +40,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def packed(k: int, n: int, **kwargs: object) -> Linear4bit:
+    """A layer as it is after ``.to(device)``; NF4 unless another format is given."""
+    layer = Linear4bit(k, n, **{"quant_type": "nf4", **kwargs})  # type: ignore[arg-type]
+    return layer.to(kwargs.get("device", "cpu"))
+
+
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
     eps = torch.finfo(dtype).eps
     return {"rtol": 4 * eps, "atol": 8 * eps}
@@ -225,7 +231,7 @@ def test_lora_starts_as_peft_does(device: torch.device) -> None:
 
 def _stack(device: torch.device) -> nn.Module:
     return nn.Sequential(
-        Linear4bit(24, 40, device=device),
+        packed(24, 40, device=device),
         nn.GELU(),
         LoraLinear4bit(40, 24, r=2, compress_statistics=False, bias=False, device=device),
         LoraLinear4bit(24, 8, r=2, lora_dropout=0.1, device=device),
@@ -290,7 +296,7 @@ def test_casting_a_model_casts_neither_bytes_nor_scales(
 
 
 def test_it_moves_between_devices_and_meta_keeps_the_layout(device: torch.device) -> None:
-    layer = Linear4bit(48, 20, blocksize=32, quant_type="fp4", device=device)
+    layer = packed(48, 20, blocksize=32, quant_type="fp4", device=device)
     meta = copy.deepcopy(layer).to("meta")
     for t in (meta.weight, meta.absmax, meta.nested_offset, meta.bias):
         assert t is not None
@@ -351,7 +357,7 @@ def test_a_data_loaders_worker_gets_it() -> None:
 
 
 def _shared(device: torch.device | str = "cpu") -> nn.ModuleList:
-    base = Linear4bit(64, 32, device=device)
+    base = packed(64, 32, device=device)
     return nn.ModuleList([base, LoraLinear4bit.from_quantized(base, r=2)])
 
 
@@ -392,7 +398,7 @@ def test_a_shared_weight_stays_shared(device: torch.device, change) -> None:  # 
 
 def test_loading_another_format_into_one_of_two_reaches_both(device: torch.device) -> None:
     base, lora = _shared(device=device)
-    other = Linear4bit(
+    other = packed(
         64, 32, quant_type="fp4", blocksize=128, compress_statistics=False, device=device
     )
     base.load_state_dict(other.state_dict())
@@ -408,7 +414,7 @@ def test_loading_another_format_into_one_of_two_reaches_both(device: torch.devic
 
 
 def test_keys_are_those_of_bitsandbytes(device: torch.device) -> None:
-    state = Linear4bit(256, 128, compress_statistics=True, device=device).state_dict()
+    state = packed(256, 128, compress_statistics=True, device=device).state_dict()
     assert [(k, v.dtype, tuple(v.shape)) for k, v in state.items()] == [
         ("weight", torch.uint8, (16384, 1)),
         ("bias", torch.float32, (128,)),
@@ -474,7 +480,7 @@ def test_a_format_that_is_not_registered_here_comes_with_its_codebook(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fmt = formats.Format("elsewhere", [(i / 15) ** 2 for i in range(16)], ties=[True] * 15)
-    layer = Linear4bit(64, 8, quant_type=fmt, device=device)
+    layer = packed(64, 8, quant_type=fmt, device=device)
     state = layer.state_dict()
     monkeypatch.delitem(formats.FORMATS, "elsewhere")
     other = Linear4bit(64, 8, device=device)
@@ -489,8 +495,8 @@ def test_in_a_container_under_prefixes_and_safetensors(device: torch.device, tmp
 
     model = nn.ModuleDict(
         {
-            "a": Linear4bit(64, 32, device=device),
-            "b": nn.Sequential(Linear4bit(32, 16, device=device)),
+            "a": packed(64, 32, device=device),
+            "b": nn.Sequential(packed(32, 16, device=device)),
         }
     )
     save_file(model.state_dict(), tmp_path / "m.safetensors")
@@ -506,18 +512,18 @@ def test_in_a_container_under_prefixes_and_safetensors(device: torch.device, tmp
 
 def test_a_dense_checkpoint_is_quantized_while_it_loads(device: torch.device) -> None:
     dense = nn.Linear(64, 32, device=device)
-    layer = Linear4bit(64, 32, blocksize=32, device=device)
+    layer = packed(64, 32, blocksize=32, device=device)
     layer.load_state_dict(dense.state_dict())
     assert same_state(layer, Linear4bit.from_linear(dense, blocksize=32))
     with torch.device("meta"):
-        layer = Linear4bit(64, 32, blocksize=32)
+        layer = Linear4bit(64, 32, blocksize=32, quant_type="nf4")
     layer.load_state_dict(dense.state_dict(), assign=True)
     assert same_state(layer, Linear4bit.from_linear(dense, blocksize=32))
 
 
 def test_loading_copies_and_assigning_takes(device: torch.device) -> None:
-    state = Linear4bit(64, 32, device=device).state_dict()
-    layer = Linear4bit(64, 32, device=device)
+    state = packed(64, 32, device=device).state_dict()
+    layer = packed(64, 32, device=device)
     parameter = layer.weight
     layer.load_state_dict(state)
     assert layer.weight is parameter
@@ -533,7 +539,7 @@ def test_loading_copies_and_assigning_takes(device: torch.device) -> None:
 def test_strict_tells_missing_and_unexpected_keys_and_loose_passes_over_them(
     device: torch.device,
 ) -> None:
-    layer = Linear4bit(64, 32, device=device)
+    layer = packed(64, 32, device=device)
     state = layer.state_dict()
     del state["bias"]
     state["other"] = torch.zeros(1, device=device)
@@ -623,9 +629,9 @@ def test_what_does_not_agree_is_named_and_nothing_is_loaded(
     device: torch.device, case: str, strict: bool
 ) -> None:
     damage, message = BAD[case]
-    state = Linear4bit(64, 32, device=device).state_dict()
+    state = packed(64, 32, device=device).state_dict()
     damage(state)
-    model = nn.ModuleDict({"layer": Linear4bit(64, 32, device=device)})
+    model = nn.ModuleDict({"layer": packed(64, 32, device=device)})
     before = copy.deepcopy(model)
     with pytest.raises(RuntimeError, match=r"layer\.weight") as error:
         model.load_state_dict({f"layer.{k}": v for k, v in state.items()}, strict=strict)
@@ -817,8 +823,8 @@ def test_it_replaces_all_but_the_output_layer_and_says_so(device: torch.device, 
 
 
 def test_bits_a_weight() -> None:
-    assert Linear4bit(64, 64).bits_per_weight == pytest.approx(4.127, abs=5e-4)
-    assert Linear4bit(64, 64, compress_statistics=False).bits_per_weight == 4.5
+    assert packed(64, 64).bits_per_weight == pytest.approx(4.127, abs=5e-4)
+    assert packed(64, 64, compress_statistics=False).bits_per_weight == 4.5
     model = nn.Sequential(nn.Linear(1024, 1024))
     assert replace_linear_layers(model, verbose=False).bits_per_weight == pytest.approx(
         4.127, abs=5e-4

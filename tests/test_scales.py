@@ -96,7 +96,7 @@ def test_a_layer_multiplies_by_the_dequantized_weight(fmt, dtype, m) -> None:
 
 
 def test_state_dicts_copies_and_states_keep_the_kind(fmt) -> None:
-    layer = Linear4bit(64, 32, quant_type=fmt, blocksize=32, compress_statistics=False)
+    layer = Linear4bit(64, 32, quant_type=fmt, blocksize=32, compress_statistics=False).to("cpu")
     state = layer.state_dict()
     key = f"weight.quant_state.qlora_kernels__{fmt.name}"
     assert key in state and state["weight.absmax"].dtype == torch.int8
@@ -129,7 +129,7 @@ def test_bad_input(fmt) -> None:
 
 
 def test_a_checkpoint_of_another_kind_of_scale_is_named(fmt) -> None:
-    layer = Linear4bit(64, 32, quant_type=fmt, blocksize=32, compress_statistics=False)
+    layer = Linear4bit(64, 32, quant_type=fmt, blocksize=32, compress_statistics=False).to("cpu")
     state = layer.state_dict()
     FORMATS[fmt.name] = Format(fmt.name, fmt.codebook)
     with pytest.raises((CheckpointError, RuntimeError), match=f"has {fmt.scale} scales"):
@@ -199,7 +199,7 @@ def test_a_layer_with_a_scale_code_of_ones_own(kernels, own_code) -> None:
 
 
 def test_checkpoints_keep_the_scale_code(own_code) -> None:
-    layer = Linear4bit(64, 32, quant_type=own_code)
+    layer = Linear4bit(64, 32, quant_type=own_code).to("cpu")
     state = layer.state_dict()
     assert "weight.quant_state.qlora_kernels__nf4-ue5m3" in state
     FORMATS.pop("nf4-ue5m3", None)  # as in a process that has not made it

@@ -398,7 +398,7 @@ class TestMerging:
         exact = layer.base_layer.dequantize_weight() + layer.get_delta_weight("default")
         with pytest.warns(UserWarning, match="merging a LoRA adapter into a 4-bit weight"):
             tuned.merge_adapter()
-        want = Linear4bit(64, 64, bias=False)
+        want = Linear4bit(64, 64, bias=False, quant_type="nf4")
         want.set_weight(exact.detach())
         assert torch.equal(layer.base_layer.weight, want.weight)
         assert torch.equal(layer.base_layer.absmax, want.absmax)

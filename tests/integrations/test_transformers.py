@@ -187,7 +187,7 @@ def test_conv1d_layers_are_turned_around(tmp_path: Path, ids) -> None:  # type: 
         for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
     layer = model.transformer.h[0].mlp.c_fc
-    want = Linear4bit(64, 256)
+    want = Linear4bit(64, 256, quant_type="nf4")
     want.set_weight(dense.transformer.h[0].mlp.c_fc.weight.T.contiguous())
     assert torch.equal(layer.weight, want.weight)
     y = model(ids).logits
