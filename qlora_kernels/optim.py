@@ -12,6 +12,9 @@ class               states  where they are
 ``PagedAdamW8bit``  8-bit   the same
 ==================  ======  =====================================================================
 
+``AdamW32bit`` is ``AdamW``. ``Adam`` and its kin are the same classes with a weight decay of 0 by
+default: in bitsandbytes, too, decay is decoupled under both names.
+
 One step, ``t`` counted from 1, in fp32::
 
     m = beta1 m + (1 - beta1) g             v = beta2 v + (1 - beta2) (g g)
@@ -46,7 +49,7 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -56,6 +59,7 @@ from torch import Tensor
 
 from . import cuda, ops, paging
 from .formats import constant, nested_code, unsigned_code
+from .overrides import GlobalOptimManager
 
 BLOCK = 256
 """Values of an 8-bit state that share one absmax."""
@@ -218,11 +222,14 @@ def _capturing(p: Tensor) -> bool:
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW; see the module for its formulas. Arguments are ``torch.optim.AdamW``'s.
+    """AdamW; see the module for its formulas. Arguments are bitsandbytes', and stand where they do.
 
     Args:
-        optim_bits: 32 or 8.
-        is_paged: states on pages that the system may write out.
+        amsgrad: must be False.
+        optim_bits: 32 or 8. A class with 8-bit states has them whatever is given here.
+        args: an object that says ``optim_bits`` and ``min_8bit_size`` in place of the arguments.
+        min_8bit_size: tensors with fewer values keep 32-bit states.
+        is_paged: states on pages that the system may write out; a paged class has them so anyway.
         paging_folder: where, for parameters on a CPU; ``QLORA_KERNELS_PAGING`` or the system's
             folder for temporary files unless given. Choose one on a disk: ``/tmp`` may be memory.
         capturable: whether a CUDA graph may capture :meth:`step`, after a first step outside of it.
@@ -233,7 +240,7 @@ class AdamW(torch.optim.Optimizer):
             it may be.
     """
 
-    bits, paged = 32, False
+    bits, paged, min_8bit_size = 32, False, MIN_8BIT_SIZE
 
     def __init__(
         self,
@@ -242,16 +249,28 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        is_paged: bool = False,
         *,
-        optim_bits: int | None = None,
-        is_paged: bool | None = None,
         paging_folder: str | os.PathLike[str] | None = None,
         capturable: bool = False,
     ) -> None:
-        self.bits = self.bits if optim_bits is None else optim_bits
-        self.paged = self.paged if is_paged is None else is_paged
-        if self.bits not in (8, 32):
-            raise ValueError(f"optim_bits must be 8 or 32, got {self.bits}")
+        if amsgrad:
+            raise ValueError("amsgrad must be False: its third state is not offered")
+        if args is not None:
+            optim_bits = getattr(args, "optim_bits", optim_bits)
+            min_8bit_size = getattr(args, "min_8bit_size", min_8bit_size)
+            for name in ("max_unorm", "skip_zeros"):
+                if getattr(args, name, None):
+                    raise ValueError(f"args.{name} is not offered, got {getattr(args, name)}")
+        if optim_bits not in (8, 32):
+            raise ValueError(f"optim_bits must be 8 or 32, got {optim_bits}")
+        self.bits = min(self.bits, optim_bits)
+        self.paged = self.paged or is_paged
+        self.min_8bit_size = min_8bit_size
         if not float(lr) >= 0:
             raise ValueError(f"lr must be at least 0, got {lr}")
         if not all(0 <= b < 1 for b in betas):
@@ -285,9 +304,11 @@ class AdamW(torch.optim.Optimizer):
             return {name: self._file.zeros(*one) for name, one in layout.items()}
         return paging.zeros(layout, None, pin=p.device.type == "cuda")
 
-    def _start(self, p: Tensor) -> dict[str, Any]:
+    def _start(self, p: Tensor, group: dict[str, Any] | None = None) -> dict[str, Any]:
+        group = group or {}
         n = p.numel()
-        eight = self.bits == 8 and n >= MIN_8BIT_SIZE
+        bits, smallest = group.get("optim_bits", self.bits), group.get("min_8bit_size")
+        eight = bits == 8 and n >= (self.min_8bit_size if smallest is None else smallest)
         dtype = torch.uint8 if eight else torch.float32
         layout: paging.Layout = dict.fromkeys(("state1", "state2"), ((n,), dtype))
         if eight:
@@ -311,9 +332,9 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for group, members in self._settings():
             together: dict[tuple, list[Tensor]] = {}
-            for p in group["params"]:
+            for p in members:
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse:
@@ -332,6 +353,19 @@ class AdamW(torch.optim.Optimizer):
             for params in together.values():
                 self._update_together(params, group)
         return loss
+
+    def _settings(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
+        """Hyperparameters, and the parameters that they are for: groups, and apart from them what
+        GlobalOptimManager overrides."""
+        configs = GlobalOptimManager.get_instance().configs()
+        for group in self.param_groups:
+            if not configs:
+                yield group, group["params"]
+                continue
+            yield group, [p for p in group["params"] if p not in configs]
+            for p in group["params"]:
+                if p in configs:
+                    yield {**group, **configs[p]}, [p]
 
     def _ready(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The states of ``p``, made where there are none, its step as the group wants it.
@@ -358,7 +392,7 @@ class AdamW(torch.optim.Optimizer):
                     "and are copied for each update: is_paged=False keeps states on the device"
                 )
         if not state:
-            self.state[p] = state = self._start(p)
+            self.state[p] = state = self._start(p, group)
         if capturable != isinstance(state["step"], Tensor):
             t = float(state["step"])
             state["step"] = (
@@ -603,6 +637,10 @@ class AdamW8bit(AdamW):
     bits = 8
 
 
+class AdamW32bit(AdamW):
+    """:class:`AdamW` by bitsandbytes' other name."""
+
+
 class PagedAdamW(AdamW):
     """:class:`AdamW` with paged states."""
 
@@ -619,4 +657,67 @@ class PagedAdamW8bit(AdamW8bit):
     paged = True
 
 
-__all__ = ["AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit"]
+class Adam(AdamW):
+    """:class:`AdamW` without weight decay, unless it is given: then it is decoupled, as there."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        is_paged: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, optim_bits, args, min_8bit_size,
+            is_paged, **kwargs,
+        )  # fmt: skip
+
+
+class Adam8bit(Adam):
+    """:class:`Adam` with 8-bit states."""
+
+    bits = 8
+
+
+class Adam32bit(Adam):
+    """:class:`Adam` by bitsandbytes' other name."""
+
+
+class PagedAdam(Adam):
+    """:class:`Adam` with paged states."""
+
+    paged = True
+
+
+class PagedAdam32bit(PagedAdam):
+    """:class:`PagedAdam` by bitsandbytes' other name."""
+
+
+class PagedAdam8bit(Adam8bit):
+    """:class:`Adam8bit` with paged states."""
+
+    paged = True
+
+
+__all__ = [
+    "Adam",
+    "Adam8bit",
+    "Adam32bit",
+    "AdamW",
+    "AdamW8bit",
+    "AdamW32bit",
+    "GlobalOptimManager",
+    "PagedAdam",
+    "PagedAdam8bit",
+    "PagedAdam32bit",
+    "PagedAdamW",
+    "PagedAdamW8bit",
+    "PagedAdamW32bit",
+]

@@ -13,7 +13,8 @@ from torch import Tensor
 from qlora_kernels import optim
 from qlora_kernels.formats import nested_code
 
-ALL = [getattr(optim, name) for name in optim.__all__]
+KINDS = [name for name in optim.__all__ if name != "GlobalOptimManager"]
+ALL = [getattr(optim, name) for name in KINDS]
 WIDE = [c for c in ALL if c.bits == 32]
 SHAPES = [(64, 96), (7,), (3, 5, 2), (4096,), (9000,)]
 
