@@ -2,13 +2,26 @@
 
 Layers, from the bottom: :mod:`~qlora_kernels.formats` (codebooks and scales as data),
 :mod:`~qlora_kernels.reference` (the truth, in plain torch), :mod:`~qlora_kernels.ops` (torch ops),
-:mod:`~qlora_kernels.functional` (bitsandbytes' names), ``nn`` (modules), ``integrations`` and the
-applications. Importing the package changes no model that holds none of its layers.
+:mod:`~qlora_kernels.functional` (bitsandbytes' names), ``nn`` (modules), ``optim``,
+``integrations`` and the applications. Importing the package changes no model that holds none of its
+layers.
+
+``import qlora_kernels as bnb`` has the 4-bit API of bitsandbytes by its names (docs/bnb-api.md).
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from . import backend, formats, functional, integrations, ops
 from .backend import BackendError, backends, get_backend, set_backend
+from .functional import matmul_4bit
 from .takeover import disable, enable, enabled
+
+if TYPE_CHECKING:
+    from . import nn, optim
+    from .nn.out_of_scope import MatmulLtState, matmul
 
 # PEFT and transformers, when they are imported, learn of this package's layers and no others.
 integrations.install()
@@ -16,8 +29,25 @@ backend.start()
 
 __version__ = "0.1.0"
 
+_LATER = {
+    "nn": "nn",
+    "optim": "optim",
+    "MatmulLtState": "nn.out_of_scope",
+    "matmul": "nn.out_of_scope",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # What the package's own import does without: modules and optimizers, when they are asked for.
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_LATER[name]}")
+    return module if name == _LATER[name] else getattr(module, name)
+
+
 __all__ = [
     "BackendError",
+    "MatmulLtState",
     "__version__",
     "backends",
     "disable",
@@ -26,6 +56,10 @@ __all__ = [
     "formats",
     "functional",
     "get_backend",
+    "matmul",
+    "matmul_4bit",
+    "nn",
     "ops",
+    "optim",
     "set_backend",
 ]
