@@ -92,6 +92,11 @@ def tile_of(size: int, most: int = 64) -> int:
     return min(most, max(16, triton.next_power_of_2(size)))
 
 
+def _warps(outputs: int) -> int:
+    """A warp for 16 x 16 outputs: with more, Triton has several compute, and store, the same."""
+    return max(1, min(4, outputs // 256))
+
+
 def thin_parts(m: int, k: int, rank: int) -> int:
     """Sixteen programs in all, each with 512 of the sum or more."""
     tiles = triton.cdiv(rank, tile_of(rank, 16)) * triton.cdiv(m, tile_of(m))
@@ -109,7 +114,8 @@ def thin_product(x: Tensor, a: Tensor, scaling: float, columns: bool = False) ->
         launch(
             thin, (triton.cdiv(rank, br), triton.cdiv(m, bm), parts), x=x, a=a, out=out, M=m, K=k,
             rank=rank, stride_r=1 if columns else k, stride_k=rank if columns else 1,
-            scaling=scaling, BM=bm, BR=br, BK=64, PARTS=parts, num_warps=4, num_stages=3, **OPTIONS,
+            scaling=scaling, BM=bm, BR=br, BK=64, PARTS=parts, num_warps=_warps(bm * br),
+            num_stages=3, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -121,8 +127,8 @@ def _outer(u: Tensor, v: Tensor, scaling: float, compute: torch.dtype, out: torc
         bp, bq = tile_of(p), tile_of(q)
         launch(
             outer, (triton.cdiv(p, bp), triton.cdiv(q, bq)), u=u, v=v, out=product, M=m, P=p, Q=q,
-            scaling=scaling, T=_TYPES[compute], BM=32, BP=bp, BQ=bq, num_warps=4, num_stages=2,
-            **OPTIONS,
+            scaling=scaling, T=_TYPES[compute], BM=32, BP=bp, BQ=bq, num_warps=_warps(bp * bq),
+            num_stages=2, **OPTIONS,
         )  # fmt: skip
     return product
 

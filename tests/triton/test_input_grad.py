@@ -7,7 +7,18 @@ import torch
 
 from qlora_kernels import reference
 
-from .test_linear import BF16, F16, F32, Gpu, TritonCase, names
+from .test_linear import (
+    BF16,
+    F16,
+    F32,
+    ROWS,
+    SHAPES,
+    Gpu,
+    TritonCase,
+    full_matrix,
+    names,
+    on_devices,
+)
 
 QUICK = [
     {"m": 2, "n": 75, "k": 320, "rank": 1},
@@ -17,22 +28,19 @@ QUICK = [
 ]
 
 
-@pytest.mark.parametrize("case", QUICK, ids=str)
-def test_within_the_bound(triton_gpu, case) -> None:
+@pytest.mark.parametrize("device, case", on_devices(QUICK))
+def test_within_the_bound(make_triton_gpu, device, case) -> None:
+    gpu = make_triton_gpu(device)
     TritonCase(**case).check_backward(Gpu())
-    assert "input_grad" in names(triton_gpu)
+    assert "input_grad" in names(gpu)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("compute", [BF16, F16], ids=str)
-@pytest.mark.parametrize("rank", [0, 1, 8, 24, 64, 256])
-@pytest.mark.parametrize("shape", [(11, 4160 - 32), (129, 256), (1000, 192)], ids=str)
-@pytest.mark.parametrize("m", [*range(1, 10), 16, 17, 33, 255])
-def test_within_the_bound_in_full(triton_gpu, compute, rank, shape, m) -> None:
-    for nested, blocksize in ((True, 64), (False, 32), (True, 256)):
-        TritonCase(m, *shape, rank, False, nested, compute, blocksize=blocksize).check_backward(
-            Gpu()
-        )
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("m", ROWS)
+def test_within_the_bound_in_full(triton_gpu, shape, m) -> None:
+    for case in full_matrix(m, shape):
+        case.check_backward(Gpu())
 
 
 @pytest.mark.parametrize("m, n, k", [(2, 40, 320), (16, 96, 128)])
@@ -76,7 +84,7 @@ def test_no_rows(make_triton_gpu) -> None:
     assert da.shape == (8, 64) and not da.any() and db.shape == (32, 8) and not db.any()
 
 
-@pytest.mark.parametrize("m", [3, 33])
+@pytest.mark.parametrize("m", [pytest.param(3, marks=pytest.mark.full), 33])
 def test_the_same_bits_in_every_order_of_warps_and_blocks(make_triton_gpu, m) -> None:
     make_triton_gpu("a100", orders=4)  # raises where they differ
     TritonCase(m, 72, 256, 8).check_backward(Gpu())

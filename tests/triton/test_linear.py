@@ -55,21 +55,46 @@ QUICK = [
 ]
 
 
-@pytest.mark.parametrize("case", QUICK, ids=str)
-def test_within_the_bound(triton_gpu, case) -> None:
+def on_devices(cases: list[dict]) -> list[Any]:
+    """Each case on each device; the quick run takes mma.sync's and wgmma's in turn."""
+    return [
+        pytest.param(device, case, id=f"{device}-{case}",
+                     marks=[] if j == i % 2 else pytest.mark.full)
+        for i, case in enumerate(cases)
+        for j, device in enumerate(("a100", "h100", "rtx4090", "rtx5090"))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("device, case", on_devices(QUICK))
+def test_within_the_bound(make_triton_gpu, device, case) -> None:
+    gpu = make_triton_gpu(device)
     TritonCase(**case).check_forward(Gpu())
-    assert "linear" in names(triton_gpu)
+    assert "linear" in names(gpu)
+
+
+RANKS = [0, 1, 8, 24, 64, 256]
+ROWS = [*range(1, 10), 16, 17, 33, 255]
+SHAPES = [(11, 4160 - 32), (129, 256), (40, 1024), (300, 192)]
+WEIGHTS = [(True, 64), (False, 32), (True, 256)]  # nested, blocksize
+
+
+def full_matrix(m: int, shape: tuple[int, int]) -> list[TritonCase]:
+    """Each kind of weight, in both dtypes, with ranks that take turns."""
+    turn = ROWS.index(m) + 2 * SHAPES.index(shape)
+    found = []
+    for i, (nested, blocksize) in enumerate(WEIGHTS):
+        for j, compute in enumerate((BF16, F16)):
+            rank = RANKS[(turn + 2 * i + j) % len(RANKS)]
+            more = {"compute": compute, "blocksize": blocksize}
+            found.append(TritonCase(m, *shape, rank, rank % 16 == 8, nested, **more))
+    return found
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("compute", [BF16, F16], ids=str)
-@pytest.mark.parametrize("rank", [0, 1, 8, 24, 64, 256])
-@pytest.mark.parametrize("shape", [(11, 4160 - 32), (129, 256), (40, 1024), (300, 192)], ids=str)
-@pytest.mark.parametrize("m", [*range(1, 10), 16, 17, 33, 255])
-def test_within_the_bound_in_full(triton_gpu, compute, rank, shape, m) -> None:
-    for nested, blocksize in ((True, 64), (False, 32), (True, 256)):
-        bias = rank % 16 == 8
-        case = TritonCase(m, *shape, rank, bias, nested, compute, blocksize=blocksize)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("m", ROWS)
+def test_within_the_bound_in_full(triton_gpu, shape, m) -> None:
+    for case in full_matrix(m, shape):
         case.check_forward(Gpu())
 
 
@@ -147,7 +172,7 @@ def test_no_rows_no_rank_and_leading_dimensions(make_triton_gpu) -> None:
     assert torch.equal(y, plain) and s.shape == (6, 0)
 
 
-@pytest.mark.parametrize("m", [2, 33])
+@pytest.mark.parametrize("m", [pytest.param(2, marks=pytest.mark.full), 33])
 def test_the_same_bits_in_every_order_of_warps_and_blocks(make_triton_gpu, m) -> None:
     make_triton_gpu("a100", orders=4)  # raises where they differ
     TritonCase(m, 72, 256, 8, True).check_forward(Gpu())
