@@ -653,16 +653,25 @@ def gemv_4bit(
     transposed_B: bool = False,
     state: QuantState | None = None,
 ) -> Tensor:
-    """``A W^T`` by bitsandbytes' name for few rows, A ``[..., K]``; the same kernels choose.
+    """``A W^T`` by bitsandbytes' name for few rows, A ``[..., K]``.
+
+    On a CPU it has bitsandbytes' bits: torch's product with the dequantized weight, which the tests
+    of its callers compare to. :func:`matmul_4bit` and the layers never come here: their kernel does
+    not write the weight out, and sums fp32 closer.
 
     ``transposed_A`` and ``transposed_B`` are taken and not read, as there.
 
     Raises:
-        ValueError: no state.
+        ValueError: no state, or one of a weight that is not 2-D or does not go with A.
     """
     if state is None:
         raise ValueError("gemv_4bit needs the state that quantize_4bit gave")
-    y = linear_4bit(A, B, state)
+    shape = state.shape
+    if A.device.type == "cpu" and shape is not None and len(shape) == 2 and A.shape[-1] == shape[1]:
+        w = dequantize_4bit(B.reshape(-1, 1), state, dtype=A.dtype)
+        y = torch.nn.functional.linear(A, w)
+    else:
+        y = linear_4bit(A, B, state)
     return y if out is None else out.copy_(y)
 
 

@@ -241,7 +241,7 @@ def test_matmul_takes_what_theirs_takes(kind: str) -> None:
     y = bnb.matmul_4bit(x, packed, state)
     torch.testing.assert_close(y, x @ dense.T)
     assert same(bnb.matmul_4bit(x, packed.t(), state), y)
-    assert same(F4.gemv_4bit(x, packed.t(), state=state), y)
+    torch.testing.assert_close(F4.gemv_4bit(x, packed.t(), state=state), y)
     out = torch.empty_like(y)
     assert bnb.matmul_4bit(x, packed, state, out) is out and same(out, y)
     assert F4.gemv_4bit(x, packed, out=out, state=state) is out
@@ -250,6 +250,19 @@ def test_matmul_takes_what_theirs_takes(kind: str) -> None:
     dense, bias = F4.dequantize_4bit(packed, state), torch.randn(24)
     with pytest.warns(DeprecationWarning, match="Re-quantize from the weight"):
         torch.testing.assert_close(bnb.matmul_4bit(x, packed, state, bias=bias), x @ dense + bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", TYPES)
+def test_gemv_has_their_bits(kind: str, dtype: torch.dtype, peer: Any) -> None:
+    w, x = torch.randn(256, 512, dtype=dtype), torch.randn(1, 512, dtype=dtype)
+    packed, state = F4.quantize_4bit(w, quant_type=kind)
+    want = peer.functional.gemv_4bit(
+        x, packed.t(), state=peer.functional.quantize_4bit(w, quant_type=kind)[1]
+    )
+    assert same(F4.gemv_4bit(x, packed.t(), state=state), want)
+    with pytest.raises(ValueError, match="x has 5 features"):
+        F4.gemv_4bit(torch.ones(1, 5), packed, state=state)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
