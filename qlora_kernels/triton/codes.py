@@ -17,8 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..formats import NESTED_BLOCKSIZE
 from .blocks import (
+    _GROUP_LOG2,
     E8M0,
     FP32,
     GATHER,
@@ -30,29 +30,33 @@ from .blocks import (
 )
 
 
-# $4: four bytes. $0 ... $3: their pairs of values, the earlier (the high nibble) in the low half.
-# Operands that are the same for the four bytes are four operands each: $5, $9, ... are the table.
-def _asm() -> str:
-    low, high = (5, 9, 13, 17), (21, 25, 29, 33)
+def _look_up(codes: str, table: list[int], zips: tuple[str, str], out: list[int]) -> list[str]:
+    """Of a word of eight codes the values, in four words ``out``: of each half of the codes its low
+    and high bytes, zipped in two ways. ``table``: its eight operands."""
     lines = [
-        ".reg .b32 picks, tops, a, b, l, h;",
-        "and.b32 picks, $4, 0x77777777;",
-        "shr.u32 tops, $4, 1;",
+        f"and.b32 picks, {codes}, 0x77777777;",
+        f"shr.u32 tops, {codes}, 1;",
         "lop3.b32 tops, tops, 0x44444444, 0x32103210, 0xea;",  # tops & 0x4444 | 0x3210
     ]
     for half in range(2):
-        for plane, table in (("l", low), ("h", high)):
+        for plane, (a, b, c, d) in (("l", table[:4]), ("h", table[4:])):
             lines += [
-                f"prmt.b32 a, ${table[0]}, ${table[1]}, picks;",
-                f"prmt.b32 b, ${table[2]}, ${table[3]}, picks;",
+                f"prmt.b32 a, ${a}, ${b}, picks;",
+                f"prmt.b32 b, ${c}, ${d}, picks;",
                 f"prmt.b32 {plane}, a, b, tops;",
             ]
-        lines += [
-            f"prmt.b32 ${2 * half}, l, h, 0x4051;",
-            f"prmt.b32 ${2 * half + 1}, l, h, 0x6273;",
-        ]
+        for word, order in zip(out[2 * half :], zips, strict=False):
+            lines.append(f"prmt.b32 ${word}, l, h, {order};")
         if half == 0:
             lines += ["shr.u32 picks, picks, 16;", "shr.u32 tops, tops, 16;"]
+    return lines
+
+
+# $4: four bytes. $0 ... $3: their pairs of values, the earlier (the high nibble) in the low half.
+# Operands that are the same for the four bytes are four operands each: $5, $9, ... are the table.
+def _asm() -> str:
+    lines = [".reg .b32 picks, tops, a, b, l, h;"]
+    lines += _look_up("$4", list(range(5, 37, 4)), ("0x4051", "0x6273"), [0, 1, 2, 3])
     return "{\n" + "\n".join(lines) + "\n}"
 
 
@@ -61,34 +65,15 @@ def _asm() -> str:
 # neighbours.
 # $10, $12, ... are the table, each twice.
 def _columns_asm() -> str:
-    low, high = (10, 12, 14, 16), (18, 20, 22, 24)
-    lines = [
-        ".reg .b32 picks, tops, code, other, a, b, l, h;",
-    ]
-    for odd in range(2):  # bytes have the later column in the low nibble
-        lines += (
-            ["shl.b32 other, $9, 4;", "lop3.b32 code, $8, other, 0x0f0f0f0f, 0xe4;"]
-            if odd
-            else ["shr.u32 other, $8, 4;", "lop3.b32 code, other, $9, 0x0f0f0f0f, 0xe4;"]
-        )
-        lines += [
-            "and.b32 picks, code, 0x77777777;",
-            "shr.u32 tops, code, 1;",
-            "lop3.b32 tops, tops, 0x44444444, 0x32103210, 0xea;",
-        ]
-        for half in range(2):
-            for plane, table in (("l", low), ("h", high)):
-                lines += [
-                    f"prmt.b32 a, ${table[0]}, ${table[1]}, picks;",
-                    f"prmt.b32 b, ${table[2]}, ${table[3]}, picks;",
-                    f"prmt.b32 {plane}, a, b, tops;",
-                ]
-            lines += [
-                f"prmt.b32 ${4 * half + odd}, l, h, 0x5140;",
-                f"prmt.b32 ${4 * half + 2 + odd}, l, h, 0x7362;",
-            ]
-            if half == 0:
-                lines += ["shr.u32 picks, picks, 16;", "shr.u32 tops, tops, 16;"]
+    lines = [".reg .b32 picks, tops, code, other, a, b, l, h;"]
+    merged = (  # bytes have the later column in the low nibble
+        ["shr.u32 other, $8, 4;", "lop3.b32 code, other, $9, 0x0f0f0f0f, 0xe4;"],
+        ["shl.b32 other, $9, 4;", "lop3.b32 code, $8, other, 0x0f0f0f0f, 0xe4;"],
+    )
+    for odd in range(2):
+        lines += merged[odd]
+        out = [odd, 2 + odd, 4 + odd, 6 + odd]
+        lines += _look_up("code", list(range(10, 26, 2)), ("0x5140", "0x7362"), out)
     return "{\n" + "\n".join(lines) + "\n}"
 
 
@@ -106,7 +91,6 @@ def _table_asm(dtype: str) -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-_GROUP_LOG2 = tl.constexpr(NESTED_BLOCKSIZE.bit_length() - 1)
 _ASM = tl.constexpr(_asm())
 _COLUMNS = tl.constexpr(_columns_asm())
 _COLUMNS_OPERANDS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 18))

@@ -40,7 +40,7 @@ from .codes import columns, fetch_scale, load_scale_code, load_table, scale_valu
 from .dequantize import dequantize_4bit
 from .launch import launch
 from .linear import AOT as _LINEAR_AOT
-from .lora_grads import lora_grads, sum_parts, thin_product, tile_of
+from .lora_grads import lora_grads, parts_of, sum_parts, thin_product, tile_of
 
 
 @triton.jit
@@ -120,9 +120,7 @@ def product(
     m, n = dy.shape
     chunk = configs.chunk_of(n, k, weight[3])
     dx = torch.empty((m, k), dtype=out, device=dy.device)
-    parts = dx
-    if config.splits > 1:
-        parts = torch.empty((config.splits, m, k), dtype=torch.float32, device=dy.device)
+    parts = parts_of(dx, config.splits)
     rank = 0 if lora_a is None else lora_a.shape[0]
     kernel, tile = input_grad, configs.arguments(config)
     if configs.autotuning():

@@ -41,7 +41,7 @@ from .blocks import OPTIONS, load_scalar, way, weight_kwargs
 from .codes import fetch_scale, load_scale_code, load_table, scale_value, values
 from .dequantize import dequantize_4bit
 from .launch import launch
-from .lora_grads import sum_parts, thin_product, tile_of
+from .lora_grads import parts_of, sum_parts, thin_product, tile_of
 
 
 @triton.jit
@@ -167,9 +167,7 @@ def product(
     m, k = x.shape
     chunk = configs.chunk_of(n, k, weight[3])
     y = torch.empty((m, n), dtype=out, device=x.device)
-    parts = y
-    if config.splits > 1:
-        parts = torch.empty((config.splits, m, n), dtype=torch.float32, device=x.device)
+    parts = parts_of(y, config.splits)
     rank = 0 if lora_b is None else lora_b.shape[1]
     kernel, tile = linear, configs.arguments(config)
     if configs.autotuning():

@@ -79,6 +79,14 @@ def add_parts(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 _BLOCK = 1024
 
 
+def parts_of(out: Tensor, splits: int) -> Tensor:
+    """Where a product writes that is cut into ``splits``: a layer of fp32 each, for `sum_parts`;
+    ``out`` itself where it is whole."""
+    if splits == 1:
+        return out
+    return torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
+
+
 def sum_parts(parts: Tensor, out: Tensor) -> None:
     """``out`` = the sum of ``parts`` [parts, ...] over its first dimension."""
     launch(
