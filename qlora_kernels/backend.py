@@ -36,15 +36,7 @@ from . import ops
 
 __all__ = ["BackendError", "backends", "get_backend", "set_backend"]
 
-OPS = (
-    "quantize_4bit",
-    "quantize_4bit_scaled",
-    "quantize_absmax",
-    "dequantize_4bit",
-    "dequantize_4bit.out",
-    "linear_4bit",
-    "linear_4bit_backward",
-)
+OPS = tuple(ops.PLAIN)
 _KEYS = {"cuda": "CUDA", "cpu": "CPU", "xpu": "XPU"}
 
 
@@ -109,21 +101,6 @@ def _triton_ops() -> dict[str, Callable[..., Any]]:
     return importlib.import_module("qlora_kernels.triton").OPS
 
 
-def _plain_ops() -> dict[str, Callable[..., Any]]:
-    return {name: getattr(ops, "_plain_" + plain) for name, plain in _PLAIN.items()}
-
-
-_PLAIN = {
-    "quantize_4bit": "quantize",
-    "quantize_4bit_scaled": "quantize_scaled",
-    "quantize_absmax": "quantize_absmax",
-    "dequantize_4bit": "dequantize",
-    "dequantize_4bit.out": "dequantize_out",
-    "linear_4bit": "linear",
-    "linear_4bit_backward": "linear_backward",
-}
-
-
 def executed_on(capability: tuple[int, int]) -> bool:
     """Whether Triton's code for an NVIDIA GPU is of a kind that the emulator executes: mma.sync
     (8.0 to 8.9, 12.0) and wgmma (9.0), but not tcgen05 (10, 11)."""
@@ -175,7 +152,7 @@ def _auto(name: str) -> Callable[..., Any]:
     def op(*args: Any, **kwargs: Any) -> Any:
         device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         takes = _auto_takes_triton(device.type, device.index or 0)
-        return (_triton_ops() if takes else _plain_ops())[name](*args, **kwargs)
+        return (_triton_ops() if takes else ops.PLAIN)[name](*args, **kwargs)
 
     return op
 

@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -362,15 +364,17 @@ def _notice(t: Tensor) -> None:
     warnings.warn(f"qlora_kernels runs in plain torch: {why}; correct, but slow", stacklevel=3)
 
 
-for _name, _fn in (
-    ("quantize_4bit", _plain_quantize),
-    ("quantize_4bit_scaled", _plain_quantize_scaled),
-    ("quantize_absmax", _plain_quantize_absmax),
-    ("dequantize_4bit", _plain_dequantize),
-    ("dequantize_4bit.out", _plain_dequantize_out),
-    ("linear_4bit", _plain_linear),
-    ("linear_4bit_backward", _plain_linear_backward),
-):
+PLAIN: dict[str, Callable[..., Any]] = {
+    "quantize_4bit": _plain_quantize,
+    "quantize_4bit_scaled": _plain_quantize_scaled,
+    "quantize_absmax": _plain_quantize_absmax,
+    "dequantize_4bit": _plain_dequantize,
+    "dequantize_4bit.out": _plain_dequantize_out,
+    "linear_4bit": _plain_linear,
+    "linear_4bit_backward": _plain_linear_backward,
+}
+"""The ops that every backend has, by name, in plain torch."""
+for _name, _fn in PLAIN.items():
     _LIB.impl(_name, _fn, "CompositeExplicitAutograd")
 
 
