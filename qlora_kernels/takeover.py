@@ -60,7 +60,6 @@ def enable(verbose: bool = True) -> dict[str, str]:
     if not _enabled:
         _enabled = True
         integrations.install()
-        integrations.when_imported("transformers.trainer_optimizer", _optimizers)
     if verbose:
         for where, what in TAKEN.items():
             print(f"qlora_kernels: {where}: {what}", file=sys.stderr)
@@ -71,14 +70,6 @@ def disable() -> None:
     """Gives back what :func:`enable` took."""
     global _enabled
     _enabled = False
-    if "transformers.trainer_optimizer" in sys.modules:
-        _optimizers()
-
-
-def _optimizers() -> None:
-    from .integrations import optimizers
-
-    optimizers.always = _enabled
 
 
 # --- python -m qlora_kernels ----------------------------------------------------------------------

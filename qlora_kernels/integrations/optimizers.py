@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import trainer_optimizer
 
-from .. import optim
+from .. import optim, takeover
 
 __all__ = ["OURS", "install"]
 
@@ -24,12 +24,9 @@ OURS: dict[str, type[optim.AdamW]] = {
 }
 """By Trainer's names; ``paged_adamw`` is understood wherever transformers knows it."""
 
-always = False
-"""Whether bitsandbytes is passed over where it is installed, too."""
-
 
 def _takes_over() -> bool:
-    return always or importlib.util.find_spec("bitsandbytes") is None
+    return takeover.enabled() or importlib.util.find_spec("bitsandbytes") is None
 
 
 def install() -> None:

@@ -59,7 +59,8 @@ __all__ = [
 METHOD = "qlora_kernels"
 PEER_METHOD = "bitsandbytes"
 VERSION = 1
-# What bitsandbytes' configuration has no name for, or another meaning.
+# What both configurations call the same; what bitsandbytes' has no name for, or another meaning.
+_SHARED = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "llm_int8_skip_modules")
 _OURS_ALONE = ("bnb_4bit_blocksize", "bnb_4bit_compute_dtype")
 
 
@@ -153,14 +154,13 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
         names = [f.name for f in PEER_FORMATS]
         if self.bnb_4bit_quant_type not in names or self.bnb_4bit_blocksize not in PEER_BLOCKSIZES:
             return own
-        theirs = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "llm_int8_skip_modules")
         return {
             "quant_method": PEER_METHOD,
             "load_in_4bit": True,
             "load_in_8bit": False,
             "bnb_4bit_quant_storage": "uint8",
             "bnb_4bit_compute_dtype": self.bnb_4bit_compute_dtype or "float32",
-            **{name: own[name] for name in theirs},
+            **{name: own[name] for name in _SHARED},
             METHOD: {"version": self.version, **{name: own[name] for name in _OURS_ALONE}},
         }
 
@@ -172,8 +172,7 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
         told = dict(config_dict)
         mark = told.pop(METHOD, None)
         if mark is not None:
-            known = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "llm_int8_skip_modules")
-            told = {**{n: told[n] for n in known if n in told}, **mark}
+            told = {**{n: told[n] for n in _SHARED if n in told}, **mark}
         own = {n: kwargs.pop(n) for n in list(kwargs) if n in cls.__init__.__annotations__}
         config = cls(**{**told, **own})
         return (config, kwargs) if return_unused_kwargs else config
