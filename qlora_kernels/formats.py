@@ -362,30 +362,39 @@ def check_blocksize(blocksize: int) -> int:
     return int(blocksize)
 
 
-@functools.lru_cache(maxsize=2)
-def _dynamic_code(signed: bool = True) -> np.ndarray:
-    # For i = 0..6 the decade 10^(i-6) is split into 2^i equal steps whose middles are the values:
-    # more precision near 1, more range near 0 (arXiv 1511.04561). fp32 middles, scaled in float64.
-    # Without a sign its bit is spent on twice the steps.
-    values = [0.0, 1.0]
-    for i in range(7):
-        steps = 2**i if signed else 2 ** (i + 1)
+@functools.lru_cache(maxsize=16)
+def dynamic_code(signed: bool = True, decades: int = 7, bits: int = 8) -> np.ndarray:
+    """fp32, ascending: the dynamic code (arXiv 1511.04561), precise near 1, far-reaching near 0.
+
+    The decade that ends at 1 has the most values, each one below it half as many; a value is the
+    middle of one of its decade's equal steps, or its negative. Zero and 1 are added. Without a sign
+    its bit is spent on twice the steps. ``2 ** bits`` values, if ``decades`` goes with that.
+    """
+    fraction_bits = bits - 1 - decades
+    parts: list[np.ndarray] = [np.array([0.0, 1.0], np.float32)]
+
+    def add(steps: int, decade: int) -> None:
         with _disable_current_modes():  # real numbers, whatever tensors are around
             edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32).numpy()
-        middles = (edges[:-1] + edges[1:]) / np.float32(2)
-        scaled = (np.float32(10.0 ** (i - 6)) * middles).astype(np.float32)
-        values += [*scaled.tolist(), *(-scaled).tolist()] if signed else scaled.tolist()
-    return np.sort(np.asarray(values, dtype=np.float32))
+        # fp32 middles; the power of ten in float64, rounded.
+        middles = np.float32(10.0**decade) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        parts.extend([middles, -middles] if signed else [middles])
+
+    for i in range(decades):
+        add(int(2.0 ** (i + fraction_bits + (not signed))), i + 1 - decades)
+    if fraction_bits > 0:  # what is left goes to the last decade once more
+        add(2**fraction_bits - 1, 0)
+    return np.sort(np.concatenate(parts))
 
 
 def nested_code(device: torch.device | str = "cpu") -> torch.Tensor:
     """fp32[256], ascending: the signed dynamic 8-bit code of the nested scales."""
-    return constant("nested_code", _dynamic_code(), device)
+    return constant("nested_code", dynamic_code(), device)
 
 
 def unsigned_code(device: torch.device | str = "cpu") -> torch.Tensor:
     """fp32[256], ascending: the dynamic 8-bit code of values that are never negative."""
-    return constant("unsigned_code", _dynamic_code(signed=False), device)
+    return constant("unsigned_code", dynamic_code(signed=False), device)
 
 
 def nested_thresholds(device: torch.device | str = "cpu") -> torch.Tensor:
@@ -402,7 +411,7 @@ def _nested_thresholds() -> np.ndarray:
     smallest fp32 value whose grid point lies above it, which is done here once; kernels then
     compare, as for 4-bit codes, and agree with the peer bit for bit.
     """
-    code = _dynamic_code()
+    code = dynamic_code()
     middle = np.float32(0.5) * (code[:-1] + code[1:])
     return np.array([_grid_threshold(float(m)) for m in middle], np.float32)
 

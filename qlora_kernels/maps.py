@@ -12,9 +12,8 @@ from statistics import NormalDist
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from .formats import FP4, NF4, constant
+from .formats import FP4, NF4, constant, dynamic_code
 
 SIZE = 256
 
@@ -47,10 +46,7 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
 def create_dynamic_map(
     signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8
 ) -> Tensor:
-    """The dynamic code (arXiv 1511.04561): more precision near 1, more range near 0.
-
-    The decade that ends at 1 has the most values, each one below it half as many; a value is the
-    middle of one of the decade's equal steps. Zero and 1 are added.
+    """The dynamic code: :func:`~qlora_kernels.formats.dynamic_code`.
 
     Args:
         max_exponent_bits: how many decades.
@@ -59,20 +55,7 @@ def create_dynamic_map(
     Raises:
         ValueError: the two do not give that many codes.
     """
-    fraction_bits = total_bits - 1 - max_exponent_bits
-    parts: list[np.ndarray] = [np.array([0.0, 1.0], np.float32)]
-
-    def add(steps: int, decade: int) -> None:
-        with _disable_current_modes():  # real numbers, whatever tensors are around
-            edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32).numpy()
-        middles = np.float32(10.0**decade) * ((edges[:-1] + edges[1:]) / np.float32(2))
-        parts.extend([middles, -middles] if signed else [middles])
-
-    for i in range(max_exponent_bits):
-        add(int(2.0 ** (i + fraction_bits + (not signed))), i + 1 - max_exponent_bits)
-    if fraction_bits > 0:  # what is left goes to the last decade once more
-        add(2**fraction_bits - 1, 0)
-    values = np.concatenate(parts)
+    values = dynamic_code(signed, max_exponent_bits, total_bits)
     if values.size != 2**total_bits:
         raise ValueError(
             f"max_exponent_bits={max_exponent_bits} gives {values.size} values, not the "
