@@ -180,6 +180,7 @@ class EmulatedTriton:
                 f"Triton's cache has no PTX of {metadata.name}; what it has: {sorted(files)}"
             )
         kernel = _kernel(Path(texts[0]).read_text(), metadata.name)
+        kernel.triton = metadata  # block, shared memory and scratch pointers follow from it
         passed = [k for k, kind in enumerate(src.signature.values()) if kind != "constexpr"]
 
         def launch(x: int, y: int, z: int, _stream: int, function: Any, *rest: Any) -> None:
@@ -195,21 +196,16 @@ class EmulatedTriton:
         active = driver.active
         if 0 in grid:
             return
-        args = [*args, *[None] * (len(kernel.params) - len(args))]  # Triton's scratch pointers
         registers, local = function
         common = {
             "device": active.device,
-            "shared_bytes": metadata.shared,
             "registers": registers or None,
             **active.options,
         }
-        block = 32 * metadata.num_warps
         if active.orders > 1:
             kept = [a.clone() if hasattr(a, "data_ptr") else a for a in args]
-            emulate_orders(kernel, grid, block, kept, orders=active.orders, **common)
-        result = emulate(
-            kernel, grid, block, args, checks=active.checks, seed=active.seed, **common
-        )
+            emulate_orders(kernel, grid, None, kept, orders=active.orders, **common)
+        result = emulate(kernel, grid, None, args, checks=active.checks, seed=active.seed, **common)
         active.launches.append(
             TritonLaunch(metadata.name, grid, metadata, registers, local, result)
         )
