@@ -389,7 +389,8 @@ class AdamW(torch.optim.Optimizer):
             if state["state1"].device != p.device or state["state1"].is_pinned():
                 raise RuntimeError(
                     "a CUDA graph captures AdamW.step() of states that lie in the host's memory "
-                    "and are copied for each update: is_paged=False keeps states on the device"
+                    "and are copied for each update: a class that is not Paged keeps them on the "
+                    "device"
                 )
         if not state:
             self.state[p] = state = self._start(p, group)

@@ -191,7 +191,7 @@ def _notice(size: int) -> None:
         warnings.warn(
             f"qlora_kernels: {size / 2**20:.1f} MiB more of managed memory for paged optimizer "
             "states are not to be had; these and others that do not fit stay in the host's memory "
-            "and are copied for each update: correct, but slower. is_paged=False keeps states on "
-            "the device",
+            "and are copied for each update: correct, but slower. An optimizer that is not "
+            "paged keeps states on the device",
             stacklevel=2,
         )

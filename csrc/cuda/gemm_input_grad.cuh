@@ -1,5 +1,5 @@
-// dx = dy W + dS A for M = 16 ... 256 rows of dy (correct for any M): the forward's bytes, read
-// along the other axis.
+// dx = dy W + dS A for M = 16 rows of dy and more (dispatch.cpp says how many): the
+// forward's bytes, read along the other axis.
 //
 // The contraction runs along N, across rows of W, and a row's scale changes every block of columns:
 // a lane that decodes what its fragment needs (a few columns of many rows) would round 16 values of

@@ -1,5 +1,5 @@
-// y = x W^T + bias + scaling S B^T for M = 16 ... 256 rows of x (correct for any M): tensor cores,
-// the weight decoded once a CTA.
+// y = x W^T + bias + scaling S B^T for M = 16 rows of x and more (dispatch.cpp says how
+// many): tensor cores, the weight decoded once a CTA.
 //
 //   CTA    y tile [tile_m, tile_n]; for each step of tile_k columns, several steps ahead of their
 //   use:
