@@ -4,6 +4,9 @@
 What the fused op does not cover (several active adapters, DoRA and the other variants, adapters
 mixed in a batch, hooks on the inner layers) runs PEFT's own code on the same weights.
 
+Experts in 4 bits take ``LoraConfig(target_parameters=[...])``, as dense ones do:
+:class:`ParamWrapper`.
+
 An adapter's files are PEFT's: what is trained here opens in a PEFT without this package, and the
 other way round.
 """
@@ -19,16 +22,22 @@ from typing import Any
 import peft.tuners.lora.model as lora_model
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..nn import Linear4bit, _Group, lora_projection
+from ..nn import Experts4bit, Linear4bit, _Group, lora_projection
 
-__all__ = ["FusedLoraLinear", "install"]
+__all__ = ["FusedLoraLinear", "ParamWrapper", "install"]
 
 # Initialisations that read nothing of the base weight. All others (PiSSA, OLoRA, LoftQ, ...) get it
 # dense, and what they leave of it is quantized again.
 _WEIGHT_FREE_INITS = (True, False, "gaussian", "eva")
+
+_MERGE_WARNING = (
+    "merging a LoRA adapter into a 4-bit weight quantizes the sum anew: an update of a few percent "
+    "of the weight is mostly rounded away; merge into a 16-bit model to keep it"
+)
 
 
 class FusedLoraLinear(PeftLinear):
@@ -148,11 +157,7 @@ class FusedLoraLinear(PeftLinear):
         if "_dense" in self.__dict__:  # a variant replays merges on the dense weight
             super().merge(safe_merge, names)
             return
-        warnings.warn(
-            "merging a LoRA adapter into a 4-bit weight quantizes the sum anew: an update of a few "
-            "percent of the weight is mostly rounded away; merge into a 16-bit model to keep it",
-            stacklevel=2,
-        )
+        warnings.warn(_MERGE_WARNING, stacklevel=2)
         base = self._packed_layer()
         merged, before = self.merged_adapters, self.__dict__.get("_unmerged")
         if before is None:
@@ -190,6 +195,100 @@ class FusedLoraLinear(PeftLinear):
         self.merged_adapters = []
 
 
+class ParamWrapper(PeftParamWrapper):
+    """PEFT's LoRA on one weight of an :class:`~qlora_kernels.nn.Experts4bit`.
+
+    PEFT's own adds ``s B A`` to the weight for the time of a forward pass, which makes a dense copy
+    of all experts. This one hands A and B on to the experts, as the argument ``lora``, and they go
+    into the op of each expert that got rows. A and B are PEFT's in shape, name and meaning.
+
+    PEFT tells wrappers of parameters by their class's name, so this has that name.
+
+    Merging adds the adapters to the exact dequantized weight of one expert after the other and
+    quantizes once; the packed weight of before is kept for unmerging.
+    """
+
+    def _experts(self) -> Experts4bit:
+        base = self.get_base_layer()
+        assert isinstance(base, Experts4bit)
+        return base
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        experts = self._experts()
+        self.num_experts, n, k = experts.shapes[self.parameter_name]
+        self._param_ndim = 3
+        # As PEFT reads it off the dense parameter, which it turns around where it has to.
+        return (k, n) if experts.is_transposed else (n, k)
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor, float]:
+        """An adapter as the experts take it: A ``[E, r, in]``, B ``[E, out, r]``, scaling."""
+        a: Any = self.lora_A[name].weight
+        b: Any = self.lora_B[name].weight
+        a = a.view(self.num_experts, -1, a.shape[-1])
+        b = b.view(b.shape[0], -1, self.num_experts).permute(2, 0, 1).contiguous()
+        return a, b, self.scaling[name]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._check_forward_args(x, *args, **kwargs)
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError("adapters mixed in a batch cannot be used on experts")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [n for n in self.active_adapters if n in self.lora_A]
+        if names and not self.disable_adapters and not self.merged:
+            own = {self.parameter_name: [self._factors(n) for n in names]}
+            kwargs["lora"] = {**kwargs.get("lora", {}), **own}
+        return self.base_layer(x, *args, **kwargs)
+
+    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """``s B A`` of all experts in fp32, as the model holds the weight."""
+        a, b, scaling = self._factors(adapter_name)
+        delta = (b.detach().float() @ a.detach().float()).mul_(scaling)
+        return delta.transpose(1, 2) if self._experts().is_transposed else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Puts adapters into the packed weights; rounds as :meth:`FusedLoraLinear.merge` does."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
+        if not names:
+            return
+        warnings.warn(_MERGE_WARNING, stacklevel=2)
+        experts, weight = self._experts(), self.parameter_name
+        merged = [*self.merged_adapters, *names]
+        factors = [self._factors(n) for n in merged]
+
+        def sums() -> Iterator[Tensor]:
+            for e in range(self.num_experts):
+                dense = experts.dequantize_expert(weight, e, torch.float32)
+                for a, b, scaling in factors:
+                    dense.addmm_(b[e].float(), a[e].float(), alpha=scaling)
+                if safe_merge and not torch.isfinite(dense).all():
+                    raise ValueError(
+                        f"NaNs in the merged weight of expert {e}: one of the adapters "
+                        f"{', '.join(merged)} is broken"
+                    )
+                yield dense.T if experts.is_transposed else dense
+
+        now = experts.take(weight)
+        before = self.__dict__.get("_unmerged", now)
+        experts.give(weight, before)  # the sum starts from the exact weight
+        try:
+            after = experts.quantized(weight, sums())
+        except BaseException:
+            experts.give(weight, now)
+            raise
+        experts.give(weight, after)
+        self.__dict__["_unmerged"], self.merged_adapters = before, merged
+
+    def unmerge(self) -> None:
+        """Restores the packed weights of before the first merge, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._experts().give(self.parameter_name, self.__dict__.pop("_unmerged"))
+        self.merged_adapters = []
+
+
 def _overridden(layer: nn.Module) -> bool:
     """Whether calling ``layer`` does more than its class says: hooks, or a replaced forward."""
     d = layer.__dict__
@@ -202,6 +301,8 @@ def _dispatch(
     target: nn.Module, adapter_name: str, config: Any, parameter_name: str | None, **kwargs: Any
 ) -> nn.Module | None:
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base, Experts4bit) and parameter_name in base.shapes:
+        return ParamWrapper(target, adapter_name, parameter_name, config=config, **kwargs)
     if parameter_name is not None or not isinstance(base, Linear4bit):
         return None
     if type(base).forward is not Linear4bit.forward:  # as our own LoRA layer: not to be skipped
@@ -213,7 +314,8 @@ def _dispatch(
 
 
 def install() -> None:
-    """Makes PEFT's LoRA use :class:`FusedLoraLinear` for our layers. Idempotent."""
+    """Makes PEFT's LoRA use :class:`FusedLoraLinear` and :class:`ParamWrapper` for our layers.
+    Idempotent."""
     original = lora_model.dispatch_default  # type: ignore[attr-defined]
     if getattr(original, "_qlora_kernels", False):
         return

@@ -19,10 +19,12 @@ unknown quantization type, and packed weights have not the shapes of the layers.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,12 +42,14 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils import logging
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from .. import takeover
 from ..formats import FORMATS, Format, check_blocksize, get_format, register_format
 from ..functional import PEER_BLOCKSIZES, PEER_FORMATS
-from ..nn import COMPUTE_DTYPES, CheckpointError, Linear4bit
+from ..nn import COMPUTE_DTYPES, CheckpointError, Experts4bit, Linear4bit, footprint
+from . import experts
 
 __all__ = [
     "QLoRAKernelsConfig",
@@ -96,6 +100,8 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
         bnb_4bit_compute_dtype: fp32, bf16, fp16 or their names; None computes in x's dtype.
         llm_int8_skip_modules: names of modules to leave as they are, by transformers' rules: where
             they are given they replace the default, which is the output layer.
+        quantize_experts: a mixture's experts as well, which are no linear layers (docs/experts.md).
+            None: when a dense model is quantized; of a checkpoint, it says whether they are.
         load_in_4bit: taken, so that a ``BitsAndBytesConfig`` is changed by its name alone.
 
     Raises:
@@ -110,6 +116,7 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
         bnb_4bit_use_double_quant: bool = True,
         bnb_4bit_compute_dtype: torch.dtype | str | None = None,
         llm_int8_skip_modules: list[str] | None = None,
+        quantize_experts: bool | None = None,
         load_in_4bit: bool = True,
         version: int = VERSION,
         quant_method: str = METHOD,
@@ -143,16 +150,21 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
         self.llm_int8_skip_modules = (
             None if llm_int8_skip_modules is None else list(llm_int8_skip_modules)
         )
+        self.quantize_experts = quantize_experts
 
     @property
     def is_quantizable(self) -> bool:
         return True
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; as bitsandbytes' configuration where that can say it, with our mark."""
+        """For JSON; as bitsandbytes' configuration where that can say it, with our mark: for NF4
+        and FP4, of models without experts in 4 bits, which it does not load."""
         own = super().to_dict()
+        if own["quantize_experts"] is None:
+            del own["quantize_experts"]
         names = [f.name for f in PEER_FORMATS]
-        if self.bnb_4bit_quant_type not in names or self.bnb_4bit_blocksize not in PEER_BLOCKSIZES:
+        theirs = self.bnb_4bit_quant_type in names and self.bnb_4bit_blocksize in PEER_BLOCKSIZES
+        if self.quantize_experts or not theirs:
             return own
         return {
             "quant_method": PEER_METHOD,
@@ -222,9 +234,12 @@ class _Quantize(ConversionOps):
         for name in list(input_dict):
             value = _only(input_dict.pop(name))
             module, _ = get_module_from_name(model, name)
-            if getattr(module, "_is_transposed_in_checkpoint", False):
-                value = value.T.contiguous()
             with _reported():
+                if isinstance(module, Experts4bit):
+                    result[name] = experts.fill(module, value, name, kwargs.get("missing_keys"))
+                    continue
+                if getattr(module, "_is_transposed_in_checkpoint", False):
+                    value = value.T.contiguous()
                 result[name] = _fill(module, value, {}, name)
         return result
 
@@ -325,6 +340,8 @@ class QLoRAKernelsQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
+        if isinstance(module, Experts4bit):
+            return name in module.shapes
         return isinstance(module, Linear4bit) and name == "weight"
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -355,6 +372,12 @@ class QLoRAKernelsQuantizer(HfQuantizer):
         if self.pre_quantized and fmt not in FORMATS:
             fmt = "nf4"  # a format of the checkpoint's own: its codebook comes with the tensors
         fmt = get_format(fmt)
+        how: dict[str, Any] = {
+            "compute_dtype": _dtype(config.bnb_4bit_compute_dtype, "bnb_4bit_compute_dtype"),
+            "quant_type": fmt,
+            "blocksize": getattr(config, "bnb_4bit_blocksize", 64),  # bitsandbytes' has none
+            "compress_statistics": config.bnb_4bit_use_double_quant,
+        }
         linears = [
             (name, module)
             for name, module in model.named_modules()
@@ -374,12 +397,9 @@ class QLoRAKernelsQuantizer(HfQuantizer):
                 k,
                 n,
                 bias is not None,
-                compute_dtype=_dtype(config.bnb_4bit_compute_dtype, "bnb_4bit_compute_dtype"),
-                quant_type=fmt,
-                blocksize=getattr(config, "bnb_4bit_blocksize", 64),  # bitsandbytes' has none
-                compress_statistics=config.bnb_4bit_use_double_quant,
                 device="meta",
                 dtype=module.weight.dtype,
+                **how,
             )
             marks = new.__dict__
             marks["_is_transposed_in_checkpoint"] = conv1d and not self.pre_quantized
@@ -387,6 +407,10 @@ class QLoRAKernelsQuantizer(HfQuantizer):
             marks["_is_hf_initialized"] = True
             new.requires_grad_(False)
             model.set_submodule(name, new)
+        # bitsandbytes' checkpoints hold dense experts; ours say what they hold.
+        told = getattr(config, "quantize_experts", None)
+        if told or (told is None and not self.pre_quantized):
+            experts.swap(model, skipped, how)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         lacking = [
@@ -396,6 +420,7 @@ class QLoRAKernelsQuantizer(HfQuantizer):
             for key, parameter in module.named_parameters(recurse=False)
             if module.absmax.is_meta or not getattr(parameter, "_is_hf_initialized", False)
         ]
+        lacking += experts.check_loaded(model, self.pre_quantized)
         if lacking:
             more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
             raise CheckpointError(f"the checkpoint lacks {', '.join(lacking[:5])}{more}")
@@ -405,17 +430,40 @@ class QLoRAKernelsQuantizer(HfQuantizer):
             c
             for c in conversions
             if not any(isinstance(op, _Deserialize) for op in getattr(c, "operations", ()))
+            if not experts.makes_experts(c, model)
         ]
+        self._settle_config(model)
         # The flag turns on gradient checkpointing in prepare_model_for_kbit_training and keeps
         # DataParallel away, and makes num_parameters() import bitsandbytes: so that is ours.
         _count_packed_weights()
         model.is_loaded_in_4bit = True
+        if logging.get_verbosity() <= logging.WARNING:
+            for line in str(footprint(model)).splitlines():
+                print(f"qlora_kernels: {line}", file=sys.stderr)
         return model
+
+    def _settle_config(self, model: Any) -> None:
+        """The configuration that the model keeps and saves says whether its experts are in 4 bits.
+
+        It is this package's then, whatever was given: bitsandbytes has no word for them, and loads
+        no such checkpoint.
+        """
+        config: Any = self.quantization_config
+        have = any(isinstance(module, Experts4bit) for module in model.modules())
+        if not have and getattr(config, "quantize_experts", None) is None:
+            return
+        if isinstance(config, QLoRAKernelsConfig):
+            config = copy.copy(config)
+            config.quantize_experts = have
+        elif have:
+            told = {name: getattr(config, name) for name in (*_SHARED, "bnb_4bit_compute_dtype")}
+            config = QLoRAKernelsConfig(**told, quantize_experts=True)
+        self.quantization_config = model.config.quantization_config = config
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = _dtype(dtype, "dtype")  # config.dtype is a name once the model was saved
         for name, module in list(model.named_modules()):
-            if isinstance(module, Linear4bit):
+            if isinstance(module, (Linear4bit, Experts4bit)):
                 model.set_submodule(name, module.dequantize(dtype))
         model.is_loaded_in_4bit = False
         return model
@@ -465,6 +513,10 @@ def _count_packed_weights() -> None:
             for m in self.modules()
             if isinstance(m, Linear4bit)
         }
+        for m in self.modules():
+            if isinstance(m, Experts4bit):
+                for key, shape in m.shapes.items():
+                    packed[id(m._parameters[key])] = shape.experts * shape.size
         if not packed:
             return original(self, only_trainable, exclude_embeddings)
         embeddings = {
