@@ -14,7 +14,9 @@ of columns, so it goes into dY, once for each chunk:
 mma's B wants two rows of one column in a register, and a word has eight columns of one row: so a
 lane takes words of two rows, merges their nibbles, and looks up pairs (codes.columns). Decoded
 values never leave the registers that they are made in; column j of all words is product j, and
-columns are put in order at the end. LoRA, splits and rounding as in linear.py.
+columns are put in order at the end. The matrix instructions of other makers' GPUs want 16 columns or
+more and hold a row's neighbours: there (GATHER) a chunk is one product of values that went through
+shared memory. LoRA, splits and rounding as in linear.py.
 
 Numerics: codebook values and dY * scale rounded to T, each u = 2^-9 (bf16) or 2^-12 (f16); products
 exact, sums in fp32. Against float64:
@@ -35,8 +37,8 @@ from torch import Tensor
 
 from .. import ops
 from . import configs
-from .blocks import OPTIONS, load_scalar, way, weight_kwargs
-from .codes import columns, fetch_scale, load_scale_code, load_table, scale_value
+from .blocks import GATHER, OPTIONS, load_scalar, way, weight_kwargs
+from .codes import columns, fetch_scale, load_scale_code, load_table, scale_value, values
 from .dequantize import dequantize_4bit
 from .launch import launch
 from .linear import AOT as _LINEAR_AOT
@@ -64,35 +66,47 @@ def input_grad(
     code = load_scale_code(nested_code, SCALES)
     table = load_table(codebook, tl.zeros((1, 1, 1), tl.int32), T, WAY)
     n = first * BN + tl.arange(0, BN)
-    word = chunk[:, None, None] * G + tl.arange(0, G)[None, None, :]
-    words_at = packed.to(tl.pointer_type(tl.uint32)) + word
+    if WAY == GATHER:
+        byte = chunk[:, None, None] * (CHUNK // 2) + tl.arange(0, CHUNK // 2)[None, None, :]
+        bytes_at = packed + byte
+    else:
+        word = chunk[:, None, None] * G + tl.arange(0, G)[None, None, :]
+        words_at = packed.to(tl.pointer_type(tl.uint32)) + word
     dy_at = dy + m.to(tl.int64)[:, None] * N
     row = tl.minimum(n, N - 1).to(tl.int64)
     raw, group = fetch_scale((row[None, :] * K + chunk[:, None] * CHUNK) >> BLOCK_LOG2, absmax,
                              nested_absmax, SCALES, None)  # fmt: skip
+    sums = tl.zeros((BATCH, BM, CHUNK), tl.float32)
     s0 = tl.zeros((BATCH, BM, G), tl.float32)
     s1, s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0, s0
     for _ in range(first, last):
-        words = tl.load(words_at + row[None, :, None] * row_words)
+        if WAY == GATHER:
+            codes = tl.load(bytes_at + row[None, :, None] * (4 * row_words))
+        else:
+            codes = tl.load(words_at + row[None, :, None] * row_words)
         rows = tl.load(dy_at + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
         scale = scale_value(raw, group, code, scalar, SCALES)
         rows = (rows.to(tl.float32)[None, :, :] * scale[:, None, :]).to(T)
-        w = columns(words, table, T, WAY)
-        s0 = tl.dot(rows, w[0], s0)
-        s1 = tl.dot(rows, w[1], s1)
-        s2 = tl.dot(rows, w[2], s2)
-        s3 = tl.dot(rows, w[3], s3)
-        s4 = tl.dot(rows, w[4], s4)
-        s5 = tl.dot(rows, w[5], s5)
-        s6 = tl.dot(rows, w[6], s6)
-        s7 = tl.dot(rows, w[7], s7)
+        if WAY == GATHER:
+            sums = tl.dot(rows, values(codes, table, T, WAY), sums)
+        else:
+            w = columns(codes, table, T, WAY)
+            s0 = tl.dot(rows, w[0], s0)
+            s1 = tl.dot(rows, w[1], s1)
+            s2 = tl.dot(rows, w[2], s2)
+            s3 = tl.dot(rows, w[3], s3)
+            s4 = tl.dot(rows, w[4], s4)
+            s5 = tl.dot(rows, w[5], s5)
+            s6 = tl.dot(rows, w[6], s6)
+            s7 = tl.dot(rows, w[7], s7)
         n += BN
         row = tl.minimum(n, N - 1).to(tl.int64)
         raw, group = fetch_scale((row[None, :] * K + chunk[:, None] * CHUNK) >> BLOCK_LOG2, absmax,
                                  nested_absmax, SCALES, None)  # fmt: skip
-    even = tl.interleave(tl.interleave(s0, s4), tl.interleave(s2, s6))
-    odd = tl.interleave(tl.interleave(s1, s5), tl.interleave(s3, s7))
-    sums = tl.interleave(even, odd)  # [BATCH, BM, CHUNK]
+    if WAY != GATHER:
+        even = tl.interleave(tl.interleave(s0, s4), tl.interleave(s2, s6))
+        odd = tl.interleave(tl.interleave(s1, s5), tl.interleave(s3, s7))
+        sums = tl.interleave(even, odd)  # [BATCH, BM, CHUNK]
     out = tl.permute(sums, (1, 0, 2)).reshape(BM, BK)
     k = tl.program_id(0) * BK + tl.arange(0, BK)
     inside = (m < M)[:, None] & (k < K)[None, :]
