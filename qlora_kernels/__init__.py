@@ -21,6 +21,7 @@ from .takeover import disable, enable, enabled
 
 if TYPE_CHECKING:
     from . import nn, optim
+    from .merging import merge
     from .nn.out_of_scope import MatmulLtState, matmul
 
 # PEFT and transformers, when they are imported, learn of this package's layers and no others.
@@ -34,6 +35,7 @@ _LATER = {
     "optim": "optim",
     "MatmulLtState": "nn.out_of_scope",
     "matmul": "nn.out_of_scope",
+    "merge": "merging",
 }
 
 
@@ -58,6 +60,7 @@ __all__ = [
     "get_backend",
     "matmul",
     "matmul_4bit",
+    "merge",
     "nn",
     "ops",
     "optim",

@@ -27,6 +27,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "talk with a model and an adapter in the terminal",
         "qlora chat --adapter qlora-out",
     ),
+    "merge": (
+        "qlora_kernels.merging",
+        "put an adapter into its base: a plain transformers folder",
+        "qlora merge qlora-out --output merged",
+    ),
     "kernels": (
         "qlora_kernels.kernels",
         "say which CUDA kernel a layer gets on a device, and why",
