@@ -28,6 +28,7 @@ class Tile(NamedTuple):
     bn: int
     warps: int
     stages: int
+    resident: int  # programs that a multiprocessor holds at once, by registers and shared memory
 
 
 @dataclass(frozen=True)
@@ -42,48 +43,55 @@ class Config:
 # and multiplied by torch. By compute capability, the nearest one that is not above. 10.0 has what
 # 9.0 has (mma.sync alone, tcgen05 is of no use to it: sums leave its memory for a scale each chunk)
 # and is never executed here; 0.0 stands for other makers' GPUs.
-_FEW, _SOME = Tile(8, 2, 32, 4, 3), Tile(8, 8, 32, 4, 3)
+_FEW, _SOME = Tile(16, 2, 16, 4, 2, 5), Tile(8, 8, 32, 4, 3, 4)
 _TABLE: dict[tuple[int, int], dict[str, list[tuple[int, Tile]]]] = {
     (0, 0): {
-        LINEAR: [(16, Tile(4, 16, 32, 4, 2)), (64, Tile(2, 32, 64, 4, 2))],
-        INPUT_GRAD: [(16, Tile(4, 16, 32, 4, 2)), (32, Tile(4, 32, 16, 4, 2))],
+        LINEAR: [(16, Tile(4, 16, 32, 4, 2, 2)), (64, Tile(2, 32, 64, 4, 2, 2))],
+        INPUT_GRAD: [(16, Tile(4, 16, 32, 4, 2, 4)), (32, Tile(4, 32, 16, 4, 2, 2))],
     },
     (8, 0): {
-        LINEAR: [(2, _FEW), (8, _SOME), (16, Tile(4, 16, 64, 4, 3)), (128, Tile(2, 32, 64, 4, 3))],
-        INPUT_GRAD: [(16, Tile(4, 16, 32, 4, 3)), (32, Tile(4, 32, 16, 4, 3)),
-                     (64, Tile(4, 64, 16, 4, 3))],
+        LINEAR: [(2, _FEW), (8, _SOME), (16, Tile(4, 16, 64, 4, 3, 4)),
+                 (64, Tile(2, 32, 64, 4, 3, 3)), (128, Tile(1, 64, 128, 4, 3, 2))],
+        INPUT_GRAD: [(16, Tile(4, 16, 32, 4, 3, 5)), (32, Tile(4, 32, 16, 4, 3, 4)),
+                     (64, Tile(4, 64, 16, 4, 3, 2))],
     },
     (8, 6): {
-        LINEAR: [(2, _FEW), (8, _SOME), (16, Tile(4, 16, 64, 4, 3)), (128, Tile(2, 32, 64, 4, 3))],
-        INPUT_GRAD: [(16, Tile(4, 16, 32, 4, 3)), (32, Tile(4, 32, 16, 4, 3)),
-                     (64, Tile(4, 64, 16, 4, 3))],
+        LINEAR: [(2, _FEW), (8, _SOME), (16, Tile(4, 16, 64, 4, 3, 4)),
+                 (64, Tile(2, 32, 64, 4, 3, 3)), (128, Tile(1, 64, 128, 4, 3, 2))],
+        INPUT_GRAD: [(16, Tile(4, 16, 32, 4, 3, 5)), (32, Tile(4, 32, 16, 4, 3, 4)),
+                     (64, Tile(4, 64, 16, 4, 3, 2))],
     },
     (9, 0): {
-        LINEAR: [(2, Tile(4, 2, 32, 4, 4)), (8, _SOME), (16, Tile(4, 16, 64, 4, 3)),
-                 (64, Tile(2, 32, 64, 4, 3))],
-        INPUT_GRAD: [(16, Tile(4, 16, 32, 4, 3)), (32, Tile(4, 32, 16, 4, 3)),
-                     (64, Tile(4, 64, 16, 4, 3))],
+        LINEAR: [(2, Tile(4, 2, 32, 4, 4, 6)), (8, _SOME), (16, Tile(4, 16, 64, 4, 3, 4)),
+                 (64, Tile(2, 32, 64, 4, 3, 3))],
+        INPUT_GRAD: [(16, Tile(4, 16, 32, 4, 3, 5)), (32, Tile(4, 32, 16, 4, 3, 4)),
+                     (64, Tile(4, 64, 16, 4, 3, 2))],
     },
 }  # fmt: skip
 
 #: What the ranking and autotuning choose from, by the most rows that a candidate is for.
 CANDIDATES: dict[str, dict[int, list[Tile]]] = {
     LINEAR: {
-        2: [Tile(16, 2, 16, 4, 2), Tile(16, 2, 16, 4, 3), _FEW, Tile(4, 2, 32, 4, 4),
-            Tile(16, 2, 32, 8, 3)],
-        8: [Tile(16, 8, 16, 4, 2), _SOME, Tile(4, 8, 32, 4, 4), Tile(8, 8, 64, 8, 3)],
-        16: [Tile(4, 16, 64, 4, 3), Tile(4, 16, 32, 4, 3), Tile(8, 16, 16, 4, 3)],
-        1 << 20: [Tile(2, 32, 64, 4, 3), Tile(1, 32, 128, 4, 3), Tile(1, 64, 128, 4, 3),
-                  Tile(1, 64, 128, 8, 3)],
+        2: [_FEW, Tile(16, 2, 16, 4, 3, 4), Tile(8, 2, 32, 4, 3, 4), Tile(4, 2, 32, 4, 4, 6),
+            Tile(16, 2, 32, 8, 3, 2)],
+        8: [Tile(16, 8, 16, 4, 2, 5), _SOME, Tile(4, 8, 32, 4, 4, 6), Tile(8, 8, 64, 8, 3, 2)],
+        16: [Tile(4, 16, 64, 4, 3, 4), Tile(4, 16, 32, 4, 3, 4), Tile(8, 16, 16, 4, 3, 5),
+             Tile(4, 16, 64, 4, 2, 2), Tile(4, 16, 128, 8, 3, 1)],
+        1 << 20: [Tile(2, 32, 64, 4, 3, 3), Tile(1, 32, 128, 4, 3, 3), Tile(1, 64, 128, 4, 3, 2),
+                  Tile(1, 64, 128, 8, 3, 1)],
     },
     INPUT_GRAD: {
-        16: [Tile(4, 16, 32, 4, 3), Tile(4, 16, 32, 4, 2), Tile(4, 16, 32, 4, 4)],
-        1 << 20: [Tile(4, 32, 16, 4, 3), Tile(4, 64, 16, 4, 3), Tile(4, 32, 32, 4, 3)],
+        16: [Tile(4, 16, 32, 4, 3, 5), Tile(4, 16, 32, 4, 2, 4), Tile(8, 16, 32, 8, 2, 2),
+             Tile(4, 16, 64, 4, 2, 3)],
+        1 << 20: [Tile(4, 32, 16, 4, 3, 4), Tile(4, 64, 16, 4, 3, 2), Tile(4, 32, 32, 4, 3, 3),
+                  Tile(4, 64, 16, 4, 2, 2), Tile(4, 64, 32, 8, 2, 1)],
     },
 }  # fmt: skip
 
-PROGRAMS = 2.4  # for each multiprocessor: what they take in turns hides what they wait for
-MIN_STEPS = 2  # of a split
+START = 1  # steps' worth of time before a program's first one
+ENOUGH = 0.6  # of the programs that a device holds at once keep it busy: more share it
+MIN_STEPS, MOST_SPLITS = 2, 32  # steps of a split; parts
+LEEWAY = 1.1  # a split more must be worth its addition of parts
 
 
 def chunk_of(n: int, k: int, blocksize: int) -> int | None:
@@ -106,9 +114,16 @@ def programs_of(op: str, tile: Tile, m: int, n: int, k: int, chunk: int) -> int:
 
 
 def splits_of(op: str, tile: Tile, m: int, n: int, k: int, sms: int, chunk: int = 64) -> int:
-    """As many parts as bring the device its programs, of two steps or more each."""
-    wanted = round(PROGRAMS * sms / programs_of(op, tile, m, n, k, chunk))
-    return max(1, min(wanted, steps_of(op, tile, n, k, chunk) // MIN_STEPS))
+    """The fewest parts that come near the shortest time. Programs run in waves of as many as the
+    device holds; what the last wave leaves empty is lost, but for what ``ENOUGH`` says."""
+    programs, steps = programs_of(op, tile, m, n, k, chunk), steps_of(op, tile, n, k, chunk)
+
+    def time(splits: int) -> float:
+        whole, rest = divmod(programs * splits / (tile.resident * sms), 1)
+        return (whole + (max(rest, ENOUGH) if rest else 0)) * (steps / splits + START)
+
+    times = [time(splits) for splits in range(1, max(1, min(steps // MIN_STEPS, MOST_SPLITS)) + 1)]
+    return next(i for i, t in enumerate(times, 1) if t <= LEEWAY * min(times))
 
 
 def choose(

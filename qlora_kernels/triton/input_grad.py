@@ -14,8 +14,8 @@ of columns, so it goes into dY, once for each chunk:
 mma's B wants two rows of one column in a register, and a word has eight columns of one row: so a
 lane takes words of two rows, merges their nibbles, and looks up pairs (codes.columns). Decoded
 values never leave the registers that they are made in; column j of all words is product j, and
-columns are put in order at the end. The matrix instructions of other makers' GPUs want 16 columns or
-more and hold a row's neighbours: there (GATHER) a chunk is one product of values that went through
+columns are put in order at the end. Matrix instructions of other makers' GPUs want 16 columns or
+more and hold a row's neighbours: there (GATHER) a chunk is one product, of values that went through
 shared memory. LoRA, splits and rounding as in linear.py.
 
 Numerics: codebook values and dY * scale rounded to T, each u = 2^-9 (bf16) or 2^-12 (f16); products

@@ -116,7 +116,7 @@ def test_identity_exactly(triton_gpu, m, n, k, nested) -> None:
     assert set(names(triton_gpu)) <= {"linear", "add_parts"}
 
 
-@pytest.mark.parametrize("tile", [Tile(1, 64, 64, 4, 2)], ids=str)
+@pytest.mark.parametrize("tile", [Tile(1, 64, 64, 4, 2, 2)], ids=str)
 def test_a_plain_product_is_wgmma_on_hopper(triton_gpu, tile) -> None:
     """Three splits, the rows beyond the tile's and the columns beyond n."""
     case = TritonCase(70, 72, 448)
