@@ -21,6 +21,7 @@ from .takeover import disable, enable, enabled
 
 if TYPE_CHECKING:
     from . import nn, optim
+    from .integrations.bitsandbytes import swap
     from .merging import merge
     from .nn.out_of_scope import MatmulLtState, matmul
 
@@ -36,6 +37,7 @@ _LATER = {
     "MatmulLtState": "nn.out_of_scope",
     "matmul": "nn.out_of_scope",
     "merge": "merging",
+    "swap": "integrations.bitsandbytes",
 }
 
 
@@ -65,4 +67,5 @@ __all__ = [
     "ops",
     "optim",
     "set_backend",
+    "swap",
 ]
