@@ -151,6 +151,7 @@ def _forward(x, ends, *args) -> tuple[Tensor, Tensor]:
         if rank:
             s[start:end] = s_e
     y[end:] = 0
+    s[end:] = 0
     return y, s
 
 

@@ -1,4 +1,5 @@
-"""``replace_linear_layers``: a model's linear layers to 4 bits, in place, and a report."""
+"""``replace_linear_layers``: a model's linear layers, and a mixture's experts, to 4 bits, in place,
+and a report."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from ..formats import Format, check_blocksize, get_format
 from .checkpoint import COMPUTE_DTYPES
+from .experts import Experts4bit, expert_parameters
 from .linear import Linear4bit
 from .lora import LoraLinear4bit, LoraSpec
 
@@ -33,6 +35,8 @@ class ReplacementReport:
     replaced: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Name to ``(out_features, in_features)``, in the model's order; a layer that appears under
     two names, or two layers of one weight, are listed under both."""
+    experts: dict[str, dict[str, tuple[int, int, int]]] = field(default_factory=dict)
+    """Name of a stack of experts to its weights, ``(experts, out_features, in_features)`` each."""
     adapters: list[str] = field(default_factory=list)
     """Names of the layers that got LoRA."""
     skipped: dict[str, str] = field(default_factory=dict)
@@ -58,8 +62,9 @@ class ReplacementReport:
         nested = ", double quantization" if self.compress_statistics else ""
         lines = []
         if self.weights:
+            stacks = f" and {len(self.experts)} layers of experts" if self.experts else ""
             lines.append(
-                f"{len(self.replaced)} linear layers to {self.quant_type}, blocks of "
+                f"{len(self.replaced)} linear layers{stacks} to {self.quant_type}, blocks of "
                 f"{self.blocksize}{nested}: {self.bytes_before / 1e6:.1f} MB to "
                 f"{self.bytes_after / 1e6:.1f} MB ({self.bits_per_weight:.3f} bits a weight); "
                 f"other parameters {self.bytes_kept / 1e6:.1f} MB"
@@ -91,7 +96,9 @@ def replace_linear_layers(
 
     One layer at a time, each dense weight freed before the next is read. Layers that appear twice
     are quantized once and stay one; two layers of one weight share the packed one. Layers that
-    this package quantized already are kept, and get adapters with ``lora``.
+    this package quantized already are kept, and get adapters with ``lora``. Stacks of experts as
+    transformers has them become :class:`~qlora_kernels.nn.Experts4bit`; they get no adapters here
+    (PEFT gives them, by ``target_parameters``).
 
     Args:
         include: which layers; all by default. A pattern matches whole components anywhere in the
@@ -114,12 +121,14 @@ def replace_linear_layers(
     if isinstance(model, nn.Linear):
         raise TypeError("the model is a linear layer itself: use Linear4bit.from_linear")
     modules = _linear_modules(model)
-    every_name = [name for group in modules for name in group]
+    stacks = [name for name, module in model.named_modules() if _is_dense_stack(module)]
+    linears = [name for group in modules for name in group]
+    every_name = linears + stacks
     wanted = _patterns(include)
     unwanted = _patterns(DEFAULT_SKIP if skip is None else skip)
     targets = _patterns(lora.target_modules) if lora else []
     _check_patterns("include", wanted, every_name)
-    _check_patterns("target_modules", targets, every_name)
+    _check_patterns("target_modules", targets, linears)
     if skip is not None:
         report.unmatched = [p for p in unwanted if not _matched(every_name, p)]
         if report.unmatched:
@@ -139,7 +148,11 @@ def replace_linear_layers(
             chosen.append((names, adapted))
         else:
             report.skipped.update(dict.fromkeys(names, reason))
-    if not chosen:
+    report.skipped.update(
+        {name: reason for name in stacks if (reason := _reason_by_name([name], wanted, unwanted))}
+    )
+    stacks = [name for name in stacks if name not in report.skipped]
+    if not chosen and not stacks:
         told = "; ".join(f"{n}: {r}" for n, r in list(report.skipped.items())[:5])
         raise ValueError(
             f"no linear layer to quantize in {type(model).__name__}: {told or 'it has none'}"
@@ -176,12 +189,36 @@ def replace_linear_layers(
             if extra:
                 report.adapters.append(name)
         del linear, owner, new
+    for name in stacks:
+        _replace_stack(model, name, kwargs, report)
+    if stacks and hasattr(model, "save_pretrained"):
+        # transformers would take the stacks apart to save them, as it put dense ones together.
+        model._weight_conversions = []  # type: ignore[assignment]
     report.bytes_kept = sum(
         p.numel() * p.element_size() for p in model.parameters() if p.dtype != torch.uint8
     )
     if verbose:
         print(report)
     return report
+
+
+def _is_dense_stack(module: nn.Module) -> bool:
+    return not isinstance(module, Experts4bit) and bool(expert_parameters(module))
+
+
+def _replace_stack(
+    model: nn.Module, name: str, kwargs: dict[str, Any], report: ReplacementReport
+) -> None:
+    dense = model.get_submodule(name)
+    new = Experts4bit.from_experts(dense, **kwargs)
+    for key in new.shapes:
+        weight = dense._parameters[key]
+        assert weight is not None
+        report.weights += weight.numel()
+        report.bytes_before += weight.numel() * weight.element_size()
+    report.bytes_after += new.packed_bytes()
+    report.experts[name] = {key: tuple(shape) for key, shape in new.shapes.items()}  # type: ignore[misc]
+    model.set_submodule(name, new)
 
 
 def _linear_modules(model: nn.Module) -> list[list[str]]:
@@ -213,13 +250,11 @@ def _reason_to_skip(
     owners: dict[int, list[tuple[str, bool]]],
     adapted: bool,
 ) -> str | None:
-    for pattern in unwanted:
-        if _matched(names, pattern):
-            return f"skip {pattern!r}"
-    if module is output:
+    reason = _reason_by_name(names, wanted, unwanted)
+    if module is output and (reason is None or reason == _NOT_INCLUDED):
         return "the output layer"
-    if wanted and not any(_matched(names, pattern) for pattern in wanted):
-        return "not in include"
+    if reason is not None:
+        return reason
     components = names[0].split(".")
     if any(c.startswith("lora_") or c == "modules_to_save" for c in components):
         return "belongs to an adapter"
@@ -234,6 +269,18 @@ def _reason_to_skip(
     others = [owner for owner, linear in owners[id(module.weight)] if not linear]
     if others:
         return f"its weight is tied to {others[0]}"
+    return None
+
+
+_NOT_INCLUDED = "not in include"
+
+
+def _reason_by_name(names: list[str], wanted: list[str], unwanted: list[str]) -> str | None:
+    for pattern in unwanted:
+        if _matched(names, pattern):
+            return f"skip {pattern!r}"
+    if wanted and not any(_matched(names, pattern) for pattern in wanted):
+        return _NOT_INCLUDED
     return None
 
 
