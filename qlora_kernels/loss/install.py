@@ -226,6 +226,8 @@ def _loss(
     if isinstance(logits, _Logits):
         if handle._own_loss is not ForCausalLMLoss:
             logits.values(getattr(handle._own_loss, "__name__", "its loss function"))
+        elif _MEAN in (logits.per_token or ()) and logits.outer is not None:
+            logits.values("their mean, and they are capped")
         elif vocab_size not in (None, logits.shape[-1]):
             logits.values("view")
     if not isinstance(logits, _Logits) or logits._values is not None:
@@ -258,8 +260,23 @@ def _loss(
     )  # fmt: skip
     if logits.per_token is None:
         return loss
+    if _MEAN in logits.per_token:
+        logits.per_token[_MEAN] = _mean_of(logits)
     logits.per_token.update(loss=loss, margin=margin, entropy=entropy, labels=shift_labels)
     return _reduce(loss, shift_labels, ignore_index, "mean", num_items_in_batch)
+
+
+_MEAN = "mean_logits"
+
+
+@torch.no_grad()
+def _mean_of(logits: _Logits) -> Tensor:
+    """The mean of each token's logits, fp32 ``[batch, tokens]``: the product with the mean word."""
+    head = logits.head
+    mean = logits.hidden.float() @ head.weight.mean(0, dtype=torch.float32)
+    if head.bias is not None:
+        mean += head.bias.float().mean()
+    return mean * logits.inner
 
 
 def _settled(value: Any) -> Any:
@@ -340,20 +357,21 @@ def _forward_for_trl(model: Any, handle: LossHandle, args: tuple, kwargs: dict) 
     assert trl is not None
     settings = inspect.getclosurevars(trl.__func__).nonlocals  # type: ignore[attr-defined]
     head = model.get_output_embeddings()
-    offered = {"log_probs", "entropy", "is_top1"}
+    asked = set(settings.get("outputs", ()))
     if (
         settings.get("temperature", 1.0) != 1.0
         or settings.get("cast_lm_head_to_fp32", False)
-        or not set(settings.get("outputs", ())) <= offered
+        or not asked <= {"log_probs", "entropy", "is_top1", _MEAN}
         or not _is_plain(head)
         or (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()))
     ):
         why = "TRL asks for more than losses, or trains the output layer"
         handle._leave(model, why, "TRL's own loss")
         return trl(*args, fused_lm_head=True, **kwargs)
-    found: dict[str, Tensor] = {}
+    found: dict[str, Any] = {_MEAN: None} if _MEAN in asked else {}
     output, why = _run(model, handle, args, {**kwargs, "use_cache": False}, found)
-    if not found:
+    if "loss" not in found:
+        why = why or "TRL asks for the mean of logits that are capped"
         handle._leave(model, why, "TRL's own loss")
         return trl(*args, fused_lm_head=True, **kwargs)
     from trl.trainer.utils import FusedCausalLMOutput
@@ -367,6 +385,7 @@ def _forward_for_trl(model: Any, handle: LossHandle, args: tuple, kwargs: dict) 
         log_probs=-found["loss"][at],
         entropy=found["entropy"][at],
         is_top1=(found["margin"][at] >= 0) & mask,
+        mean_logits=found[_MEAN][at] * mask if _MEAN in asked else None,
         label_mask=mask,
         aux_loss=getattr(output, "aux_loss", None),
     )

@@ -485,3 +485,24 @@ def test_what_trl_asks_beyond_losses_is_left_to_it():
     with pytest.warns(UserWarning, match="TRL asks for more"):
         torch.testing.assert_close(model(**batch(), fused_lm_head=True).log_probs, want)
     assert handle.calls == 0 and handle.fallbacks == 1
+
+
+@pytest.mark.parametrize("family", ("llama", "phi", "granite", "gemma2"))
+def test_the_mean_of_the_logits_that_dpo_reports(family):
+    """Without logits, but where they are capped: then it is TRL that computes them."""
+    pytest.importorskip("trl")
+    from trl.trainer.utils import add_fused_lm_head
+
+    outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
+    model = model_of(family)
+    model.requires_grad_(False)
+    add_fused_lm_head(model, outputs=outputs)
+    want = model(**batch(), fused_lm_head=True)
+    handle = install(model)
+    capped = family == "gemma2"
+    notice = pytest.warns(UserWarning, match="capped") if capped else contextlib.nullcontext()
+    with notice:
+        got = model(**batch(), fused_lm_head=True)
+    assert (handle.calls, handle.fallbacks) == ((0, 1) if capped else (1, 0))
+    for name in ("loss", *outputs):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), msg=name)
