@@ -57,7 +57,7 @@ def check_loaded(model: nn.Module, packed: bool) -> list[str]:
         packed: the checkpoint was in 4 bits, so the scales were to come from it too.
 
     Raises:
-        CheckpointError: codebooks that are not the format's.
+        CheckpointError: what it gave is not of the format.
     """
     lacking = []
     for name, module in model.named_modules():
@@ -71,7 +71,7 @@ def check_loaded(model: nn.Module, packed: bool) -> list[str]:
                 if tensor.is_meta or not getattr(tensor, "_is_hf_initialized", False)
             ]
             if packed and not lacking:
-                module.check_tables(name)
+                module.check_loaded(name)
     return lacking
 
 

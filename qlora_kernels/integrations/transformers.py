@@ -341,7 +341,7 @@ class QLoRAKernelsQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
         if isinstance(module, Experts4bit):
-            return name in module.shapes
+            return not self.pre_quantized and name in module.shapes
         return isinstance(module, Linear4bit) and name == "weight"
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:

@@ -255,14 +255,28 @@ class Experts4bit(nn.Module):
             else:
                 self.register_buffer(key, value)
 
-    def check_tables(self, where: str) -> None:
-        """Raises CheckpointError unless the codebooks that were loaded are the format's."""
+    def check_loaded(self, where: str) -> None:
+        """Raises CheckpointError unless all tensors are of this format: sizes, dtypes, tables.
+
+        Args:
+            where: this module's full name, for the error.
+        """
         for name in self.shapes:
+            now = self.take(name)
+            for key, want in self._empty(name, torch.device("meta")).items():
+                got = now[key]
+                if want is None or got is None:
+                    continue
+                if got.shape != want.shape or got.dtype != want.dtype:
+                    raise CheckpointError(
+                        f"{where}.{key} is {list(got.shape)} x {got.dtype}, expected "
+                        f"{list(want.shape)} x {want.dtype}"
+                    )
             for key, table in (
                 ("quant_map", self.format.tensors("cpu")[0]),
                 ("nested_quant_map", self._scale_table()),
             ):
-                own = self._buffers[f"{name}_{key}"]
+                own = now[f"{name}_{key}"]
                 if own is None or table is None or own.is_meta:
                     continue
                 if not torch.allclose(own.cpu(), table.cpu(), rtol=0, atol=1e-5):

@@ -402,7 +402,7 @@ COMPILED = ["llama", "gemma2", "phi3", "mixtral"]
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=[] if n in ("llama", "mixtral") else pytest.mark.full)
+        pytest.param(n, marks=[] if n == "llama" else pytest.mark.full)
         for n in COMPILED
     ],
 )
