@@ -61,8 +61,8 @@ _installed = False
 
 
 def install() -> None:
-    """Gives PEFT our fused LoRA layer, transformers our quantizer and Trainer our optimizers where
-    there are no others, now or when they come."""
+    """Gives PEFT our fused LoRA layer, which keeps its dtype when it is loaded again, transformers
+    our quantizer, and Trainer our optimizers where there are no others; now or when they come."""
     global _installed
     if _installed:
         return
@@ -70,6 +70,7 @@ def install() -> None:
     # Each bridge installs itself at the end of its import; it may be the one that is going on.
     for library, bridge in (
         ("peft.tuners.lora.model", "peft"),
+        ("peft.peft_model", "peft_reload"),
         ("transformers.quantizers.auto", "transformers"),
         ("transformers.trainer_optimizer", "optimizers"),
     ):
