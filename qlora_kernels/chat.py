@@ -59,8 +59,8 @@ def load(
     from transformers import AutoModelForCausalLM
 
     from .finetune.model import load_tokenizer
+    from .integrations.checkpoint_files import check_weight_files
     from .integrations.transformers import (
-        _check_weight_files,
         _dtype,
         _local_folder,
         default_dtype,
@@ -77,7 +77,7 @@ def load(
     with bad_input("model"):
         base = _local_folder(model, None, None)
         if quant_type == "none":
-            _check_weight_files(base)
+            check_weight_files(base)
             dense = default_dtype() if dtype == "auto" else _dtype(dtype, "dtype")
             loaded = AutoModelForCausalLM.from_pretrained(base, dtype=dense)
         else:

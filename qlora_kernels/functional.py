@@ -332,11 +332,13 @@ def read_json_entry(key: str, entry: Tensor) -> dict[str, Any]:
     """The JSON of :func:`checkpoint_entries`.
 
     Raises:
-        ValueError: it is not JSON, or not an object; the message begins with ``key``.
+        ValueError: it is not uint8, not JSON, or not an object; the message begins with ``key``.
     """
+    if entry.dtype != torch.uint8:
+        raise ValueError(f"{key} is {entry.dtype}, expected the uint8 of a text")
     try:
-        info = json.loads(bytes(entry.to("cpu", torch.uint8).numpy().tobytes()).decode())
-    except (ValueError, UnicodeDecodeError) as error:
+        info = json.loads(entry.cpu().numpy().tobytes().decode())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{key} is not JSON: {error}") from None
     if not isinstance(info, dict):
         raise ValueError(f"{key} holds {type(info).__name__}, not a JSON object")

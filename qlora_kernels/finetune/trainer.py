@@ -763,18 +763,15 @@ class _Run:
         """Model files, configuration and tokenizer, as far as they can be judged unloaded."""
         from transformers import AutoConfig
 
-        from ..integrations.transformers import (
-            _check_weight_files,
-            _local_folder,
-            default_dtype,
-        )
+        from ..integrations.checkpoint_files import check_weight_files
+        from ..integrations.transformers import _local_folder, default_dtype
 
         config = self.config
         with bad_input("model"):
             self.model_folder = _local_folder(
                 config.model_name_or_path, config.model_revision, None
             )
-            _check_weight_files(self.model_folder)
+            check_weight_files(self.model_folder)
             self.model_config = AutoConfig.from_pretrained(
                 self.model_folder, trust_remote_code=config.trust_remote_code
             )

@@ -24,13 +24,16 @@ import difflib
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
@@ -50,6 +53,12 @@ from ..formats import FORMATS, Format, check_blocksize, get_format, register_for
 from ..functional import PEER_BLOCKSIZES, PEER_FORMATS
 from ..nn import COMPUTE_DTYPES, CheckpointError, Experts4bit, Linear4bit, footprint
 from . import experts
+from .checkpoint_files import (
+    check_safetensors,
+    check_weight_files,
+    verify_files,
+    with_checksums,
+)
 
 __all__ = [
     "QLoRAKernelsConfig",
@@ -147,6 +156,10 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
         self.bnb_4bit_use_double_quant = bool(bnb_4bit_use_double_quant)
         # A name: torch.dtype is not JSON.
         self.bnb_4bit_compute_dtype = str(compute).removeprefix("torch.") if compute else None
+        if isinstance(llm_int8_skip_modules, str):
+            raise ValueError(
+                f"llm_int8_skip_modules must be a list of names, got {llm_int8_skip_modules!r}"
+            )
         self.llm_int8_skip_modules = (
             None if llm_int8_skip_modules is None else list(llm_int8_skip_modules)
         )
@@ -297,6 +310,7 @@ def _state_key(blob: Tensor, key: str) -> str:
 def _fill(module: Any, weight: Tensor, entries: dict[str, Tensor], name: str) -> Tensor:
     """Sets scales and layout of a Linear4bit on meta; returns the packed weight to be set."""
     packed, state, fmt = module._read(weight, entries, name)
+    module.__dict__["_was_packed"] = bool(entries)
     module._adopt(state, fmt, packed.device)
     return packed
 
@@ -323,6 +337,9 @@ class QLoRAKernelsQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        return None, with_checksums()
 
     @property
     def is_trainable(self) -> bool:
@@ -361,6 +378,7 @@ class QLoRAKernelsQuantizer(HfQuantizer):
         return device_map
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        verify_files(kwargs.get("checkpoint_files") or (), packed=self.pre_quantized)
         config = self.quantization_config
         skipped = self.get_modules_to_not_convert(
             model, config.llm_int8_skip_modules, model._keep_in_fp32_modules
@@ -422,8 +440,10 @@ class QLoRAKernelsQuantizer(HfQuantizer):
         ]
         lacking += experts.check_loaded(model, self.pre_quantized)
         if lacking:
-            more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-            raise CheckpointError(f"the checkpoint lacks {', '.join(lacking[:5])}{more}")
+            raise CheckpointError(f"the checkpoint lacks {_first(lacking)}")
+        if self.pre_quantized:
+            _check_nothing_was_drawn(model)
+            _check_all_or_none_was_packed(model)
         # Saving writes our modules' state dict as it is: nothing is to be converted back.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [
@@ -467,6 +487,46 @@ class QLoRAKernelsQuantizer(HfQuantizer):
                 model.set_submodule(name, module.dequantize(dtype))
         model.is_loaded_in_4bit = False
         return model
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}"
+
+
+def _check_nothing_was_drawn(model: Any) -> None:
+    """A 4-bit checkpoint has all weights of the model that was saved, but a head put on later.
+
+    transformers draws what is missing and goes on with a warning.
+    """
+    inside = "" if type(model).__name__ in (model.config.architectures or ()) else (
+        f"{model.base_model_prefix}."
+    )  # fmt: skip
+    expected = model._keys_to_ignore_on_load_missing or ()
+    drawn = [
+        name
+        for name, parameter in model.named_parameters()
+        if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False))
+        if name.startswith(inside) and not any(re.search(p, name) for p in expected)
+    ]
+    if drawn:
+        raise CheckpointError(
+            f"the checkpoint lacks {_first(drawn)}, which {type(model).__name__} had when it was "
+            "saved: its files are not whole, or config.json is another model's"
+        )
+
+
+def _check_all_or_none_was_packed(model: nn.Module) -> None:
+    """Dense weights of a checkpoint are quantized where its config says so: all, or none."""
+    found: dict[bool, list[str]] = {True: [], False: []}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            found[module.__dict__.pop("_was_packed", True)].append(name)
+    if found[True] and found[False]:
+        raise CheckpointError(
+            f"{_first(found[False])} are dense in the checkpoint, whose other layers are 4-bit: "
+            "llm_int8_skip_modules of its config does not agree"
+        )
 
 
 class BitsAndBytesQuantizer(QLoRAKernelsQuantizer):
@@ -546,81 +606,6 @@ install()
 
 
 # --- loading, with its files checked ------------------------------------------------------------
-
-
-def check_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The header of a safetensors file, if the file is whole.
-
-    Returns:
-        name to ``{"dtype", "shape", "data_offsets"}``.
-
-    Raises:
-        CheckpointError: no header, a header that is not JSON or does not fit, or data that are
-            shorter or longer than the header says.
-    """
-    path = Path(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little") if len(start) == 8 else 0
-        if not 2 <= length <= size - 8:
-            raise CheckpointError(
-                f"{path} is not a safetensors file, or was cut off in its header ({size} bytes)"
-            )
-        try:
-            header = json.loads(file.read(length))
-            tensors = {k: v for k, v in header.items() if k != "__metadata__"}
-            end = max((v["data_offsets"][1] for v in tensors.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise CheckpointError(
-                f"{path}: its header is not safetensors' JSON ({error})"
-            ) from None
-    want = 8 + length + end
-    if size != want:
-        kind = "truncated" if size < want else "too long"
-        raise CheckpointError(f"{path} is {kind}: its header needs {want} bytes, it has {size}")
-    return tensors
-
-
-def _check_weight_files(folder: Path) -> None:
-    """Config, safetensors and shards of a model's folder are there and whole."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json: not a transformers model's folder")
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        files = [single]
-    elif index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not an index of shards ({error!r})") from None
-        files = [folder / shard for shard in shards]
-        missing = [f.name for f in files if not f.is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{folder} lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:5])}"
-            )
-    else:
-        others = [
-            f.name
-            for f in folder.iterdir()
-            if f.suffix in (".bin", ".pt", ".pth", ".gguf", ".ckpt")
-        ]
-        hint = ""
-        if others:
-            hint = (
-                f"; it has {', '.join(sorted(others)[:3])}, not read here (a pickle can run code): "
-                "save the model once with save_pretrained, which writes safetensors"
-            )
-        raise FileNotFoundError(
-            f"{folder} holds no weights (model.safetensors or its shards){hint}"
-        )
-    names: dict[str, Path] = {}
-    for file in files:
-        for name in check_safetensors(file):
-            if name in names:
-                raise CheckpointError(f"{name} is in {names[name].name} and in {file.name}")
-            names[name] = file
 
 
 def _local_folder(model: str | os.PathLike[str], revision: str | None, token: Any) -> Path:
@@ -734,14 +719,15 @@ def load_quantized_model(
     get_format(wanted.bnb_4bit_quant_type)
 
     folder = _local_folder(model, revision, token)
-    _check_weight_files(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    check_weight_files(folder)
+    with _config_named(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     found = _found_config(config, folder)
     if found is not None:
         config.quantization_config = found.to_dict()
     _conversion_errors.clear()
     try:
-        with _read_not_mapped():
+        with _read_not_mapped(), _config_named(folder):
             loaded, info = model_class.from_pretrained(
                 folder,
                 config=config,
@@ -751,7 +737,7 @@ def load_quantized_model(
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                **kwargs,
+                **{"ignore_mismatched_sizes": True, **kwargs},  # it is an error below, with names
             )
     except RuntimeError as error:
         if _conversion_errors:
@@ -759,17 +745,59 @@ def load_quantized_model(
         raise
     finally:
         _conversion_errors.clear()
+    if info["mismatched_keys"] and not kwargs.get("ignore_mismatched_sizes"):
+        name, found_shape, shape = min(info["mismatched_keys"])
+        raise CheckpointError(
+            f"{folder} holds {name} of shape {tuple(found_shape)}, the model of its config.json "
+            f"takes {tuple(shape)} ({len(info['mismatched_keys'])} such tensors)"
+        )
     if model_class is AutoModelForCausalLM and info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise CheckpointError(f"{folder} has no weights for {', '.join(missing[:5])}{more}")
+        raise CheckpointError(f"{folder} has no weights for {_first(sorted(info['missing_keys']))}")
     if found is not None:
+        surplus = [n for n in sorted(info["unexpected_keys"]) if _has_its_place(loaded, n)]
+        if surplus:
+            raise CheckpointError(
+                f"{folder} has weights that its config.json knows nothing of: {_first(surplus)}"
+            )
         _check_asked(loaded, quant_type, blocksize, double_quant, folder)
         if compute_dtype is not None:
             for module in loaded.modules():
                 if isinstance(module, Linear4bit):
                     module.compute_dtype = compute_dtype
     return loaded
+
+
+@contextmanager
+def _config_named(folder: Path) -> Iterator[None]:
+    """What transformers stumbles over in a config.json that lies, with the file named."""
+    try:
+        yield
+    except (
+        ArithmeticError, AssertionError, AttributeError, LookupError, TypeError,
+        StrictDataclassError,
+    ) as error:  # fmt: skip
+        frames = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+        if any(name.startswith("qlora_kernels") for name in frames[2:]):  # not this and its caller
+            raise
+        raise CheckpointError(
+            f"transformers builds no model of {folder / 'config.json'} and what was asked for: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _has_its_place(model: nn.Module, name: str) -> bool:
+    """Whether the tensor ``name``, which the model lacks, belongs in the midst of its modules: to a
+    4-bit layer, or to one more in a list of layers. (What hangs off elsewhere, such as a vision
+    tower, is another model's part.)"""
+    path = name.split(".")
+    while path:
+        path.pop()
+        try:
+            module = model.get_submodule(".".join(path))
+        except AttributeError:
+            continue
+        return isinstance(module, (Linear4bit, nn.ModuleList))
+    return False
 
 
 def _found_config(config: Any, folder: Path) -> QLoRAKernelsConfig | None:
@@ -780,7 +808,12 @@ def _found_config(config: Any, folder: Path) -> QLoRAKernelsConfig | None:
     told = told if isinstance(told, dict) else told.to_dict()
     method = told.get("quant_method")
     if method == METHOD or METHOD in told:
-        return QLoRAKernelsConfig.from_dict(told)
+        try:
+            return QLoRAKernelsConfig.from_dict(told)
+        except TypeError as error:
+            raise CheckpointError(
+                f"quantization_config of {folder / 'config.json'}: {error}"
+            ) from None
     if method == "bitsandbytes" or told.get("load_in_4bit") or told.get("load_in_8bit"):
         return QLoRAKernelsConfig.from_bitsandbytes(told)
     raise ValueError(

@@ -72,6 +72,8 @@ def read_checkpoint_entries(
     nested = "nested_absmax" in entries
     if "nested_offset" in info and not nested:
         raise fail("weight.nested_absmax is missing, the JSON tells of nested scales")
+    if "nested_quant_map" in entries and not nested:
+        raise fail("weight.nested_quant_map is there without weight.nested_absmax")
     needed: dict[str, Any] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
     if nested:
         needed |= {"nested_blocksize": int, "nested_dtype": str, "nested_offset": (int, float)}
@@ -85,6 +87,8 @@ def read_checkpoint_entries(
         )
     if scale == "e4m3" and not isinstance(info.get("tensor_scale"), float):
         raise fail(f"the JSON of weight.{key} has tensor_scale = {info.get('tensor_scale')!r}")
+    if nested and isinstance(info["nested_offset"], int) and abs(info["nested_offset"]) > 2**127:
+        raise fail(f"the JSON of weight.{key} has a nested_offset beyond fp32")
     for name in ("absmax", "quant_map", *(("nested_quant_map",) if nested else ())):
         if name not in entries:
             raise fail(f"weight.{name} is missing")
