@@ -71,6 +71,7 @@ def install() -> None:
     for library, bridge in (
         ("peft.tuners.lora.model", "peft"),
         ("peft.peft_model", "peft_reload"),
+        ("peft.optimizers.loraplus", "peft_loraplus"),
         ("transformers.quantizers.auto", "transformers"),
         ("transformers.trainer_optimizer", "optimizers"),
     ):

@@ -550,3 +550,107 @@ def test_any_module_may_be_imported_first(first):
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+# --- new words, several tasks, other optimizers ---------------------------------------------------
+
+
+WORDS = {
+    "rows": {"trainable_token_indices": [96, 97, 98]},
+    "whole": {"modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("how", WORDS)
+@pytest.mark.filterwarnings("ignore:.*embedding.*", "ignore:.*tie.*")
+def test_new_words_are_trained_beside_the_adapter(how: str, tie: bool, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Packed layers, three words more, their rows trained; the files are right on a dense base."""
+    model = tiny_llama(tie_word_embeddings=tie)
+    replace_linear_layers(model, verbose=False)
+    model.resize_token_embeddings(99)
+    twin = dense_twin(model)
+    before = model.get_input_embeddings().weight.detach().clone()
+    config = LoraConfig(r=4, target_modules=TARGETS, ensure_weight_tying=tie, **WORDS[how])  # type: ignore[arg-type]
+    tuned = get_peft_model(model, config)
+    assert sum(type(m) is FusedLoraLinear for m in tuned.modules()) == 14
+    ids = torch.tensor([[1, 96, 2, 97, 3, 98, 4]])
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = tuned(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    tuned.eval().save_pretrained(tmp_path)
+    y = tuned(ids).logits
+    dense = PeftModel.from_pretrained(twin, tmp_path).eval()
+    torch.testing.assert_close(dense(ids).logits, y, rtol=1e-4, atol=1e-5)
+    merged = dense.merge_and_unload()
+    after = merged.get_input_embeddings().weight
+    moved = [i for i in range(99) if not torch.equal(after[i], before[i])]
+    assert set(moved) >= {96, 97, 98} and (how == "whole" or moved == [96, 97, 98])
+    if tie:
+        assert merged.get_output_embeddings().weight.data_ptr() == after.data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "AdamW8bit", "PagedAdamW8bit", "PagedAdamW32bit"])
+def test_lora_plus_by_pefts_own_means(kind: str, model, ids, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    from peft.optimizers import create_loraplus_optimizer
+
+    from qlora_kernels import optim
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    randomize(tuned)
+    cls = getattr(optim, kind)
+    optimizer = create_loraplus_optimizer(tuned, cls, lr=1e-4, loraplus_lr_ratio=16)
+    assert type(optimizer) is cls
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    before = {n: p.detach().clone() for n, p in tuned.named_parameters() if p.requires_grad}
+    tuned(ids, labels=ids).loss.backward()
+    optimizer.step()
+    for name, p in tuned.named_parameters():
+        if p.requires_grad:
+            rate = 16e-4 if "lora_B" in name else 1e-4
+            assert rates[id(p)] == pytest.approx(rate), name
+            moved = (p - before[name]).abs().max().item()  # Adam's first step is its rate
+            assert moved == pytest.approx(rate, rel=0.05), name
+
+
+def test_an_adapter_opens_in_a_plain_peft_without_this_package(model, ids, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    twin = dense_twin(model)
+    twin.save_pretrained(tmp_path / "dense")
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).eval()
+    randomize(tuned)
+    tuned.save_pretrained(tmp_path / "adapter")
+    torch.save({"ids": ids, "logits": tuned(ids).logits.detach()}, tmp_path / "want.pt")
+    code = """
+import sys; sys.modules["qlora_kernels"] = None
+import torch, transformers, peft
+model = transformers.AutoModelForCausalLM.from_pretrained("dense", dtype=torch.float32)
+model = peft.PeftModel.from_pretrained(model, "adapter").eval()
+want = torch.load("want.pt")
+torch.testing.assert_close(model(want["ids"]).logits, want["logits"], rtol=1e-4, atol=1e-5)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_an_adapter_that_is_loaded_again_keeps_its_dtype(model, ids, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """As Trainer loads it to resume, of a model whose adapter TRL has made bf16."""
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    randomize(tuned)
+    for name, p in tuned.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.to(torch.bfloat16)
+    tuned.save_pretrained(tmp_path)
+    want = {n: p.detach().clone() for n, p in tuned.named_parameters() if "lora_" in n}
+    tuned.load_adapter(str(tmp_path), "default", is_trainable=True)
+    got = dict(tuned.named_parameters())
+    assert all(torch.equal(got[n], p) and got[n].dtype == p.dtype for n, p in want.items())
+    tuned.load_adapter(str(tmp_path), "another")
+    assert {p.dtype for n, p in tuned.named_parameters() if "another" in n} == {torch.float32}
