@@ -5,7 +5,9 @@
 //   forward   a warp a row of W, the lanes 32 groups of 8 values at a time. Groups start at
 //             multiples of 8 of the whole run of values, not of the row: 4 bytes each, and one
 //             scale, since a block holds at least 16. Values of a group that belong to other rows
-//             meet an x of zero. The codebook lies in 16 banks: lanes never conflict.
+//             meet an x of zero. The codebook lies in 16 banks: lanes never conflict. Rows of x
+//             beyond kRows, which come from decode_linear_mma.cu's plans where pointers are not
+//             aligned, have the weight's row read again.
 //   dx        a thread a column, 256 columns and ceil(n / layers) rows of W a CTA, all of m at
 //   once.
 //             The layers are added by decode_finish.
@@ -14,8 +16,6 @@
 // added up in fp32: |y - exact| <= (K + 80) 2^-24 sum |x w| + LoRA's as in decode_linear_mma.cu +
 // ulp(y) / 2. dx: code times scale in fp32, times dy: (N + 80) 2^-24 likewise. An identity matrix
 // gives the dequantized values exactly.
-#include <type_traits>
-
 #include "decode_common.cuh"
 
 namespace qlk::cuda {
@@ -26,7 +26,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kGroup = 8;
 
 template <class T, int kRows, ScaleKind kind>
-__global__ void __launch_bounds__(kThreads) decode_linear_groups(const DecodeLinear p) {
+__global__ void __launch_bounds__(kThreads, 1) decode_linear_groups(const DecodeLinear p) {
   extern __shared__ __align__(16) float shared[];
   __shared__ float codebook[kCodebookSize];
   __shared__ float code[kind == ScaleKind::nested ? kNestedCodeSize : 1];
@@ -41,39 +41,41 @@ __global__ void __launch_bounds__(kThreads) decode_linear_groups(const DecodeLin
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * p.rows;
   const int64_t end_row = min(first_row + p.rows, p.w.n);
   for (int64_t n = first_row + threadIdx.x / 32; n < end_row; n += kWarps) {
-    float sum[kRows] = {};
     const int64_t begin = n * k;
-    for (int64_t group = begin / kGroup + lane; group * kGroup < begin + k; group += 32) {
-      uint32_t word = 0;
+    float own = 0;  // lane m keeps row m's
+    for (int first = 0; first < p.m; first += kRows) {
+      float sum[kRows] = {};
+      for (int64_t group = begin / kGroup + lane; group * kGroup < begin + k; group += 32) {
+        uint32_t word = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (group * 4 + i < bytes)
-          word |= static_cast<uint32_t>(p.w.packed[group * 4 + i]) << 8 * i;
-      const float scale = scale_of(group * kGroup >> p.w.block_log2);
-      float value[kGroup];  // byte i / 2, the earlier value in the high nibble
+        for (int i = 0; i < 4; ++i)
+          if (group * 4 + i < bytes)
+            word |= static_cast<uint32_t>(p.w.packed[group * 4 + i]) << 8 * i;
+        const float scale = scale_of(group * kGroup >> p.w.block_log2);
+        float value[kGroup];  // byte i / 2, the earlier value in the high nibble
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i)
-        value[i] = codebook[word >> (8 * (i / 2) + (i % 2 ? 0 : 4)) & 15];
-      const int64_t at = group * kGroup - begin;  // in x's rows
+        for (int i = 0; i < kGroup; ++i)
+          value[i] = codebook[word >> (8 * (i / 2) + (i % 2 ? 0 : 4)) & 15];
+        const int64_t at = group * kGroup - begin;  // in x's rows
 #pragma unroll
-      for (int m = 0; m < kRows; ++m) {
-        if (m < p.m) {
-          const T* const x = static_cast<const T*>(p.x) + m * k + at;
-          float part = 0;
+        for (int m = 0; m < kRows; ++m) {
+          if (first + m < p.m) {
+            const T* const x = static_cast<const T*>(p.x) + (first + m) * k + at;
+            float part = 0;
 #pragma unroll
-          for (int i = 0; i < kGroup; ++i) {
-            const float v = at + i >= 0 && at + i < k ? to_float(x[i]) : 0.0f;
-            part = fmaf(v, value[i], part);
+            for (int i = 0; i < kGroup; ++i) {
+              const float v = at + i >= 0 && at + i < k ? to_float(x[i]) : 0.0f;
+              part = fmaf(v, value[i], part);
+            }
+            sum[m] = fmaf(scale, part, sum[m]);
           }
-          sum[m] = fmaf(scale, part, sum[m]);
         }
       }
-    }
-    float own = 0;  // lane m keeps row m's
 #pragma unroll
-    for (int m = 0; m < kRows; ++m) {
-      for (int step = 16; step > 0; step /= 2) sum[m] += __shfl_xor_sync(~0u, sum[m], step);
-      if (lane == m) own = sum[m];
+      for (int m = 0; m < kRows; ++m) {
+        for (int step = 16; step > 0; step /= 2) sum[m] += __shfl_xor_sync(~0u, sum[m], step);
+        if (lane == first + m) own = sum[m];
+      }
     }
     if (lane < p.m) {
       store_y(p, staged_s, lane, n, own);
@@ -130,12 +132,6 @@ cudaError_t launch(const Problem& p, int shared, cudaStream_t stream) {
   if (p.m <= 4)
     return nested ? launch<T, 4, ScaleKind::nested>(p, shared, stream)
                   : launch<T, 4, ScaleKind::fp32>(p, shared, stream);
-  // More rows come from decode_mma's plans, where pointers turn out not to be aligned.
-  if constexpr (std::is_same_v<Problem, DecodeLinear>) {
-    if (p.m > kDecodeFewRows)
-      return nested ? launch<T, kDecodeRows, ScaleKind::nested>(p, shared, stream)
-                    : launch<T, kDecodeRows, ScaleKind::fp32>(p, shared, stream);
-  }
   return nested ? launch<T, kDecodeFewRows, ScaleKind::nested>(p, shared, stream)
                 : launch<T, kDecodeFewRows, ScaleKind::fp32>(p, shared, stream);
 }
