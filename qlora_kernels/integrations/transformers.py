@@ -48,6 +48,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils import logging
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
+from .. import functional as F4
 from .. import takeover
 from ..formats import FORMATS, Format, check_blocksize, get_format, register_format
 from ..functional import PEER_BLOCKSIZES, PEER_FORMATS
@@ -73,7 +74,10 @@ METHOD = "qlora_kernels"
 PEER_METHOD = "bitsandbytes"
 VERSION = 1
 # What both configurations call the same; what bitsandbytes' has no name for, or another meaning.
-_SHARED = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "llm_int8_skip_modules")
+_SHARED = (
+    "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage",
+    "llm_int8_skip_modules",
+)  # fmt: skip
 _OURS_ALONE = ("bnb_4bit_blocksize", "bnb_4bit_compute_dtype")
 
 
@@ -96,6 +100,17 @@ def _dtype(dtype: torch.dtype | str | None, argument: str) -> torch.dtype | None
     return found
 
 
+def _storage(dtype: torch.dtype | str | None) -> torch.dtype:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found is None and dtype is None:
+        return torch.uint8
+    if not isinstance(found, torch.dtype) or found.itemsize not in (1, 2, 4) or found.is_complex:
+        raise ValueError(
+            f"bnb_4bit_quant_storage must be a dtype of 1, 2 or 4 bytes, got {dtype!r}"
+        )
+    return found
+
+
 # --- configuration ------------------------------------------------------------------------------
 
 
@@ -107,6 +122,8 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
         bnb_4bit_blocksize: values a scale, 16 to 4096.
         bnb_4bit_use_double_quant: quantizes the scales as well.
         bnb_4bit_compute_dtype: fp32, bf16, fp16 or their names; None computes in x's dtype.
+        bnb_4bit_quant_storage: dtype under which the packed bytes are held, uint8 or another of 1,
+            2 or 4 bytes, or its name: FSDP1 wants the dtype of the model's other parameters.
         llm_int8_skip_modules: names of modules to leave as they are, by transformers' rules: where
             they are given they replace the default, which is the output layer.
         quantize_experts: a mixture's experts as well, which are no linear layers (docs/experts.md).
@@ -126,6 +143,7 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
         bnb_4bit_compute_dtype: torch.dtype | str | None = None,
         llm_int8_skip_modules: list[str] | None = None,
         quantize_experts: bool | None = None,
+        bnb_4bit_quant_storage: torch.dtype | str | None = None,
         load_in_4bit: bool = True,
         version: int = VERSION,
         quant_method: str = METHOD,
@@ -156,6 +174,7 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
         self.bnb_4bit_use_double_quant = bool(bnb_4bit_use_double_quant)
         # A name: torch.dtype is not JSON.
         self.bnb_4bit_compute_dtype = str(compute).removeprefix("torch.") if compute else None
+        self.bnb_4bit_quant_storage = str(_storage(bnb_4bit_quant_storage)).removeprefix("torch.")
         if isinstance(llm_int8_skip_modules, str):
             raise ValueError(
                 f"llm_int8_skip_modules must be a list of names, got {llm_int8_skip_modules!r}"
@@ -173,6 +192,8 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
         """For JSON; as bitsandbytes' configuration where that can say it, with our mark: for NF4
         and FP4, of models without experts in 4 bits, which it does not load."""
         own = super().to_dict()
+        if own["bnb_4bit_quant_storage"] == "uint8":  # as it was before there was a choice
+            del own["bnb_4bit_quant_storage"]
         if own["quantize_experts"] is None:
             del own["quantize_experts"]
         names = [f.name for f in PEER_FORMATS]
@@ -183,9 +204,8 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
             "quant_method": PEER_METHOD,
             "load_in_4bit": True,
             "load_in_8bit": False,
-            "bnb_4bit_quant_storage": "uint8",
             "bnb_4bit_compute_dtype": self.bnb_4bit_compute_dtype or "float32",
-            **{name: own[name] for name in _SHARED},
+            **{name: getattr(self, name) for name in _SHARED},
             METHOD: {"version": self.version, **{name: own[name] for name in _OURS_ALONE}},
         }
 
@@ -211,7 +231,10 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
         """
         if not config.get("load_in_4bit"):
             raise ValueError("an 8-bit bitsandbytes checkpoint cannot be read: only 4-bit ones are")
-        names = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+        names = (
+            "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
+            "bnb_4bit_quant_storage",
+        )  # fmt: skip
         kwargs = {name: config[name] for name in names if config.get(name) is not None}
         return cls(llm_int8_skip_modules=config.get("llm_int8_skip_modules"), **kwargs)
 
@@ -312,7 +335,12 @@ def _fill(module: Any, weight: Tensor, entries: dict[str, Tensor], name: str) ->
     packed, state, fmt = module._read(weight, entries, name)
     module.__dict__["_was_packed"] = bool(entries)
     module._adopt(state, fmt, packed.device)
-    return packed
+    try:
+        packed = F4.as_storage(packed, module.quant_storage)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    # transformers would have every parameter of a floating-point dtype trained.
+    return nn.Parameter(packed, requires_grad=False)
 
 
 class QLoRAKernelsQuantizer(HfQuantizer):
@@ -417,6 +445,7 @@ class QLoRAKernelsQuantizer(HfQuantizer):
                 bias is not None,
                 device="meta",
                 dtype=module.weight.dtype,
+                quant_storage=_storage(config.bnb_4bit_quant_storage),
                 **how,
             )
             marks = new.__dict__

@@ -622,3 +622,41 @@ def test_a_whole_file_s_header_is_returned(folder: Path) -> None:
         "shape": [160, 64],
         "data_offsets": header[UP]["data_offsets"],
     }
+
+
+# --- the dtype under which packed bytes are held ------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, "float32"], ids=str)
+def test_quant_storage_is_kept_and_read_by_bitsandbytes(  # type: ignore[no-untyped-def]
+    folder: Path, tmp_path: Path, ids, storage
+) -> None:
+    """Loaded, saved, reloaded: the bytes of uint8 under another dtype, frozen, never cast."""
+    want = layers(load_quantized_model(folder, dtype=torch.float16))
+    dtype = storage if isinstance(storage, torch.dtype) else getattr(torch, storage)
+    config = QLoRAKernelsConfig(bnb_4bit_quant_storage=storage)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float16
+    )
+    model.save_pretrained(tmp_path)
+    for again in (model, load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        for name, layer in layers(again).items():
+            assert layer.weight.dtype == layer.quant_storage == dtype, name
+            assert not layer.weight.requires_grad and type(layer.weight).__name__ == "Params4bit"
+            got = layer.weight.view(torch.uint8).reshape(-1, 1)
+            assert torch.equal(got, want[name].weight), name
+        assert torch.isfinite(again(ids).logits).all()
+    told = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert told["bnb_4bit_quant_storage"] == str(dtype).removeprefix("torch.")
+    bnb = pytest.importorskip("bitsandbytes")
+    state = load_file(tmp_path / "model.safetensors")
+    stats = {k.removeprefix(UP + "."): v for k, v in state.items() if k.startswith(UP + ".")}
+    theirs = bnb.nn.Params4bit.from_prequantized(state[UP], stats, device="cpu")
+    got = bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state)
+    assert torch.equal(got, model.model.layers[1].mlp.up_proj.dequantize_weight())
+
+
+def test_a_quant_storage_that_is_none_is_named(folder: Path) -> None:
+    for storage in ("float64", "bits", torch.complex64):
+        with pytest.raises(ValueError, match="bnb_4bit_quant_storage must be a dtype of 1, 2 or 4"):
+            QLoRAKernelsConfig(bnb_4bit_quant_storage=storage)
