@@ -1,21 +1,29 @@
 """transformers: a mixture's experts, quantized while they load.
 
-A checkpoint holds them expert by expert, in two dimensions; transformers stacks those of a layer,
-and what comes of that is quantized at once, expert by expert again. So the peak is the quantized
-model and one layer's dense stack (with transformers' own copies of it while it stacks). Saved, they
+Most checkpoints hold them expert by expert, in two dimensions, and transformers stacks those of a
+layer in two copies. Here each goes from the checkpoint's tensors into its place in the packed
+stack, so that the peak is the quantized model and one weight of a layer's experts. Saved, they
 stay stacked: a packed parameter and its scales under their own names, which load as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+)
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from ..nn import Experts4bit, expert_parameters
+from ..nn import CheckpointError, Experts4bit, expert_parameters
 
-__all__ = ["check_loaded", "fill", "makes_experts", "swap"]
+__all__ = ["check_loaded", "expert_by_expert", "fill", "makes_experts", "swap"]
 
 
 def swap(model: nn.Module, skipped: list[str], kwargs: dict[str, Any]) -> None:
@@ -33,8 +41,73 @@ def swap(model: nn.Module, skipped: list[str], kwargs: dict[str, Any]) -> None:
             model.set_submodule(name, new)
 
 
-def fill(module: Experts4bit, value: Tensor, name: str, missing: set[str] | None) -> Tensor:
-    """Quantizes a dense stack of a checkpoint into ``module``; returns the packed weight.
+class _ExpertByExpert(ConversionOps):
+    """In place of transformers' stacking: the experts of one weight, one after the other.
+
+    What is not an :class:`Experts4bit`'s is stacked as it was.
+    """
+
+    def __init__(self, stacking: list[ConversionOps]) -> None:
+        self.stacking = stacking
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str | None = None,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        assert full_layer_name is not None
+        module, key = get_module_from_name(model, full_layer_name)
+        if isinstance(module, Experts4bit) and key in module.shapes:
+            parts = [input_dict.pop(p) for p in source_patterns if p in input_dict]
+            return {target_patterns[0]: _joined(parts)}
+        for op in self.stacking:
+            input_dict = op.convert(
+                input_dict,
+                source_patterns=source_patterns,
+                target_patterns=target_patterns,
+                full_layer_name=full_layer_name,
+                model=model,
+                **kwargs,
+            )
+        return input_dict
+
+
+def _joined(parts: list[list[Tensor]]) -> Iterator[Tensor]:
+    """Each expert's gate and up, say, as one weight; the tensors are let go as they are used."""
+    for queue in parts:
+        queue.reverse()
+    while all(parts):
+        one = [queue.pop() for queue in parts]
+        yield one[0] if len(one) == 1 else torch.cat(one, 0)
+    if any(parts):
+        raise CheckpointError("the experts' weights are not of one number")
+
+
+def expert_by_expert(conversions: list[Any], model: nn.Module) -> list[Any]:
+    """transformers' conversions of a checkpoint, without its copies of stacks that are packed."""
+    changed = []
+    for conversion in conversions:
+        ops = getattr(conversion, "operations", [])
+        # Lists of experts, [out, in] each, stacked and then joined along `out`.
+        stacks = [type(op) for op in ops] in ([MergeModulelist], [MergeModulelist, Concatenate])
+        if isinstance(conversion, WeightConverter) and stacks and makes_experts(conversion, model):
+            if [op.dim for op in ops] == [0, 1][: len(ops)]:
+                sources = conversion._original_source_patterns
+                targets = conversion._original_target_patterns
+                new = conversion.copy(sources, targets, operations=[_ExpertByExpert(ops)])
+                conversion = new
+        changed.append(conversion)
+    return changed
+
+
+def fill(
+    module: Experts4bit, value: Tensor | Iterator[Tensor], name: str, missing: set[str] | None
+) -> Tensor:
+    """Quantizes a checkpoint's dense experts into ``module``; returns the packed weight.
 
     Args:
         name: the parameter's full name.

@@ -380,6 +380,10 @@ class QLoRAKernelsQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        return conversions if self.pre_quantized else experts.expert_by_expert(conversions, model)
+
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         return {"deserialize": _Deserialize}
 

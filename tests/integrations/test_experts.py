@@ -6,11 +6,13 @@ Training and a new process: test_architectures.py. The stack by itself: tests/te
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
 
 import qlora_kernels  # noqa: E402
+from qlora_kernels.integrations import experts as bridge  # noqa: E402
 from qlora_kernels.integrations.peft import ParamWrapper  # noqa: E402
 from qlora_kernels.integrations.transformers import (  # noqa: E402
     QLoRAKernelsConfig,
@@ -183,6 +186,40 @@ def test_save_and_reload_by_name(how: dict[str, Any], folder: Path, tmp_path: Pa
             assert torch.equal(value, saved[key]), key
     experts = next(iter(stacks(narrow).values()))
     assert experts.dequantize_weight("down_proj").dtype == torch.bfloat16
+
+
+def allocations(run: Callable[[], object]) -> tuple[int, int]:
+    """The largest tensor that ``run`` allocates, and the most that it holds at once, in bytes."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    sizes = [e.nbytes() for e in events if e.name() == "[memory]"]
+    return max(sizes), max(itertools.accumulate(sizes))
+
+
+def many_experts() -> nn.Module:
+    changes = {**MODELS["Qwen3Moe"], "num_experts": 32, "moe_intermediate_size": 64}
+    config = transformers.Qwen3MoeConfig(**{**SHAPE, **changes, "num_hidden_layers": 1})
+    torch.manual_seed(0)
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+STACK = 4 * 32 * 2 * 64 * 48  # bytes of gate_up_proj in many_experts(), dense
+
+
+def test_loading_makes_no_dense_stack(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Experts go from the checkpoint's tensors into the packed stack one by one."""
+    many_experts().save_pretrained(tmp_path)
+
+    def run() -> None:
+        load_quantized_model(tmp_path, dtype=torch.float32)
+
+    run()  # tables are there
+    assert allocations(run)[0] < STACK / 4
+    monkeypatch.setattr(bridge, "expert_by_expert", lambda conversions, model: conversions)
+    assert allocations(run)[0] >= STACK
 
 
 @pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral"])
@@ -475,15 +512,11 @@ def test_as_scripts_prepare_and_train_it(folder: Path, ids, autocast, checkpoint
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
-def test_training_holds_no_dense_stack(tmp_path: Path) -> None:
+def test_training_holds_no_dense_stack() -> None:
     """The largest allocation of a step, with PEFT's own wrapper for scale."""
-    changes = {**MODELS["Qwen3Moe"], "num_experts": 32, "moe_intermediate_size": 64}
-    config = transformers.Qwen3MoeConfig(**{**SHAPE, **changes, "num_hidden_layers": 1})
-    torch.manual_seed(0)
-    dense = transformers.Qwen3MoeForCausalLM(config)
+    dense = many_experts()
     packed = copy.deepcopy(dense)
     replace_linear_layers(packed, verbose=False)
-    stack = 4 * 32 * 2 * 64 * 48  # bytes of gate_up_proj, dense
     ids = torch.randint(3, 96, (1, 4))
 
     def largest(model: nn.Module) -> int:
@@ -491,15 +524,10 @@ def test_training_holds_no_dense_stack(tmp_path: Path) -> None:
             model(ids, labels=ids).loss.backward()
 
         step()
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile:
-            step()
-        events = profile.profiler.kineto_results.events()
-        return max(e.nbytes() for e in events if e.name() == "[memory]")
+        return allocations(step)[0]
 
-    assert largest(adapted(packed).train()) < stack / 8
-    assert largest(adapted(dense).train()) >= stack
+    assert largest(adapted(packed).train()) < STACK / 8
+    assert largest(adapted(dense).train()) >= STACK
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -520,6 +548,19 @@ def test_what_a_checkpoint_lacks_is_named(key: str, message: str, folder, tmp_pa
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("which", ["down_proj", "up_proj"])
+def test_a_dense_checkpoint_that_lacks_an_expert_is_named(
+    which: str, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[f"model.layers.0.mlp.experts.4.{which}.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    message = "down_proj has 5 experts, got 4" if which == "down_proj" else "not of one number"
+    with pytest.raises(CheckpointError, match=message):
+        load_quantized_model(tmp_path)
 
 
 @pytest.mark.parametrize("table", ["quant_map", "nested_quant_map"])
