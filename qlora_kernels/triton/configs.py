@@ -42,8 +42,14 @@ class Config:
 # Rows of x (or dy) up to which a tile is taken; past the last one the weight is written out in full
 # and multiplied by torch. By compute capability, the nearest one that is not above. 10.0 has what
 # 9.0 has (mma.sync alone, tcgen05 is of no use to it: sums leave its memory for a scale each chunk)
-# and is never executed here; 0.0 stands for other makers' GPUs.
+# and is never executed here; 12.0 has no wgmma and memory like 8.6's; 0.0 stands for other makers' GPUs.
 _FEW, _SOME = Tile(16, 2, 16, 4, 2, 5), Tile(8, 8, 32, 4, 3, 4)
+_GDDR: dict[str, list[tuple[int, Tile]]] = {
+    LINEAR: [(2, _FEW), (8, Tile(16, 8, 16, 4, 2, 5)), (16, Tile(4, 16, 32, 4, 3, 4)),
+             (128, Tile(2, 32, 64, 4, 3, 3))],
+    INPUT_GRAD: [(16, Tile(4, 16, 64, 4, 2, 3)), (32, Tile(4, 32, 16, 4, 3, 4)),
+                 (64, Tile(4, 32, 32, 4, 3, 3))],
+}  # fmt: skip
 _TABLE: dict[tuple[int, int], dict[str, list[tuple[int, Tile]]]] = {
     (0, 0): {
         LINEAR: [(16, Tile(4, 16, 32, 4, 2, 2)), (64, Tile(2, 32, 64, 4, 2, 2))],
@@ -55,18 +61,14 @@ _TABLE: dict[tuple[int, int], dict[str, list[tuple[int, Tile]]]] = {
         INPUT_GRAD: [(16, Tile(4, 16, 32, 4, 3, 5)), (32, Tile(4, 32, 16, 4, 3, 4)),
                      (64, Tile(4, 64, 16, 4, 3, 2))],
     },
-    (8, 6): {
-        LINEAR: [(2, _FEW), (8, Tile(16, 8, 16, 4, 2, 5)), (16, Tile(4, 16, 32, 4, 3, 4)),
-                 (128, Tile(2, 32, 64, 4, 3, 3))],
-        INPUT_GRAD: [(16, Tile(4, 16, 64, 4, 2, 3)), (32, Tile(4, 32, 16, 4, 3, 4)),
-                     (64, Tile(4, 32, 32, 4, 3, 3))],
-    },
+    (8, 6): _GDDR,
     (9, 0): {
-        LINEAR: [(2, Tile(4, 2, 32, 4, 4, 6)), (8, _SOME), (16, Tile(4, 16, 64, 4, 3, 4)),
-                 (64, Tile(2, 32, 64, 4, 3, 3))],
-        INPUT_GRAD: [(16, Tile(4, 16, 32, 4, 3, 5)), (32, Tile(4, 32, 16, 4, 3, 4)),
-                     (64, Tile(4, 64, 16, 4, 3, 2))],
+        LINEAR: [(2, _FEW), (8, _SOME), (16, Tile(4, 16, 64, 4, 2, 2)),
+                 (32, Tile(2, 32, 64, 4, 3, 3)), (128, Tile(1, 64, 128, 8, 3, 1))],
+        INPUT_GRAD: [(16, Tile(4, 16, 64, 4, 2, 3)), (32, Tile(4, 32, 16, 4, 3, 4)),
+                     (64, Tile(4, 64, 16, 4, 2, 2))],
     },
+    (12, 0): _GDDR,
 }  # fmt: skip
 
 #: What the ranking and autotuning choose from, by the most rows that a candidate is for.

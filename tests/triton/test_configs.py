@@ -15,7 +15,12 @@ from qlora_kernels.triton.configs import INPUT_GRAD, LINEAR, Config, Tile
 
 from .test_linear import BF16, F16, F32, Gpu, TritonCase, names
 
-ROWS = {(8, 0): "a100", (8, 6): "a6000", (9, 0): "h100"}  # of the table that NVIDIA's devices take
+ROWS = {
+    (8, 0): "a100",
+    (8, 6): "a6000",
+    (9, 0): "h100",
+    (12, 0): "rtx5090",
+}  # of the table that NVIDIA's devices take
 SHAPE = (4096, 4096)
 
 
@@ -38,7 +43,7 @@ def test_every_branch(row, op) -> None:
 @pytest.mark.parametrize(
     "capability, row",
     [((8, 0), (8, 0)), ((8, 6), (8, 6)), ((8, 9), (8, 6)), ((9, 0), (9, 0)), ((10, 0), (9, 0)),
-     ((12, 0), (9, 0)), ((13, 0), (9, 0)), ((0, 0), (0, 0))],
+     ((12, 0), (8, 6)), ((12, 1), (8, 6)), ((0, 0), (0, 0))],
 )  # fmt: skip
 def test_a_device_takes_the_nearest_row_below(capability, row) -> None:
     for op, m in itertools.product((LINEAR, INPUT_GRAD), (1, 16, 64)):
