@@ -42,7 +42,7 @@ class Config:
 # Rows of x (or dy) up to which a tile is taken; past the last one the weight is written out in full
 # and multiplied by torch. By compute capability, the nearest one that is not above. 10.0 has what
 # 9.0 has (mma.sync alone, tcgen05 is of no use to it: sums leave its memory for a scale each chunk)
-# and is never executed here; 12.0 has no wgmma and memory like 8.6's; 0.0 stands for other makers' GPUs.
+# and is never executed here; 12.0 has no wgmma, and GDDR like 8.6; 0.0 stands for other makers'.
 _FEW, _SOME = Tile(16, 2, 16, 4, 2, 5), Tile(8, 8, 32, 4, 3, 4)
 _GDDR: dict[str, list[tuple[int, Tile]]] = {
     LINEAR: [(2, _FEW), (8, Tile(16, 8, 16, 4, 2, 5)), (16, Tile(4, 16, 32, 4, 3, 4)),
