@@ -359,3 +359,201 @@ def test_a_hundred_corruptions(form, checkpoints, tmp_path) -> None:
 def test_a_thousand_corruptions(form, checkpoints, tmp_path) -> None:
     """Of each form."""
     corruptions(form, range(26, 1026), checkpoints, tmp_path / "model")
+
+
+# --- pickles, and nothing of them is executed ---------------------------------------------------
+
+
+class Evil:
+    """What an unpickler that trusts its file would do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "pytorch_model.bin"])
+@pytest.mark.parametrize("archive", [True, False], ids=["zip", "bare"])
+def test_a_pickle_is_refused_and_not_executed(name, archive, checkpoints, tmp_path) -> None:
+    trap = tmp_path / "executed"
+    folder = tmp_path / "model"
+    for form, ways in WAYS.items():
+        if form == "sharded":
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(checkpoints[form], folder)
+        (folder / WEIGHTS).unlink()
+        if archive:
+            torch.save({"weight": Evil(trap)}, folder / name)
+        else:
+            (folder / name).write_bytes(pickle.dumps({"weight": Evil(trap)}))
+        for way in ways:
+            with pytest.raises(
+                Exception, match=r"pickle|safetensors|[Hh]eader|Unpickl|Weights only"
+            ):
+                way(folder)
+    assert not trap.exists()
+
+
+def test_what_is_said_of_a_pickle(checkpoints, tmp_path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["ours"], folder)
+    torch.save(tensors_of(folder / WEIGHTS), folder / "aside")
+    (folder / "aside").replace(folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match="but a pickle .*which can run code: it is not read"):
+        read(folder)
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="4-bit checkpoints are read from safetensors"):
+        from_pretrained(folder)
+
+
+# --- headers that overflow, and what is said of checksums ---------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 4]}, "data_offsets .* hold"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [0, 2**64]}, "data_offsets .* hold"),
+        ({"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}, r"has shape \[-1\]"),
+        ({"dtype": "F33", "shape": [1], "data_offsets": [0, 4]}, "none of safetensors'"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}, "leaves a gap"),
+        ({"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}, "has shape"),
+        ([], "not safetensors' JSON"),
+    ],
+)
+def test_a_header_that_lies_is_named(entry, said, tmp_path) -> None:
+    path = tmp_path / WEIGHTS
+    path.write_bytes(with_header({"x": entry}, b"\0" * 4))
+    with pytest.raises(CheckpointError, match=said) as error:
+        files.check_safetensors(path)
+    assert str(path) in str(error.value)
+
+
+def test_headers_that_overlap_repeat_or_nest_without_end(tmp_path) -> None:
+    path = tmp_path / WEIGHTS
+    one = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
+    path.write_bytes(with_header({"a": one, "b": one}, b"\0" * 4))
+    with pytest.raises(CheckpointError, match="overlaps"):
+        files.check_safetensors(path)
+    text = f'{{"a": {json.dumps(one)}, "a": {json.dumps(one)}}}'.encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 4)
+    with pytest.raises(CheckpointError, match="'a' stands there twice"):
+        files.check_safetensors(path)
+    text = b"[" * 100_000
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(CheckpointError, match="not safetensors' JSON"):
+        files.check_safetensors(path)
+    path.write_bytes(struct.pack("<Q", 2**63) + b"{}")
+    with pytest.raises(CheckpointError, match="cut off in its header"):
+        files.check_safetensors(path)
+
+
+def test_checksums_are_of_dtype_shape_and_bytes_and_others_read_past_them(checkpoints) -> None:
+    path = checkpoints["ours"] / WEIGHTS
+    state = load_file(path)
+    told = json.loads(header_of(path.read_bytes())[0]["__metadata__"][files.CHECKSUMS])
+    assert told == files.checksums_of(state)
+    x = torch.zeros(4, 4)
+    assert len({files.checksums_of({"x": t})["x"] for t in (x, x.view(2, 8), x.int(), x + 1)}) == 4
+    assert files.checksums_of({"x": torch.zeros(0)})["x"]
+
+
+def test_a_changed_byte_is_named_by_its_tensor(checkpoints, tmp_path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["ours"], folder)
+    data = (folder / WEIGHTS).read_bytes()
+    header, tensors = header_of(data)
+    name = "model.layers.1.mlp.up_proj.weight"
+    at = len(data) - len(tensors) + header[name]["data_offsets"][0]
+    (folder / WEIGHTS).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    for way in WAYS["ours"]:
+        with pytest.raises(CheckpointError, match=f"checksums of {name} do not agree"):
+            way(folder)
+
+
+def test_a_config_of_later_or_that_lies(checkpoints, tmp_path) -> None:
+    for change, said in (
+        ({"num_hidden_layers": 1}, "weights that its config.json knows nothing of"),
+        ({"num_hidden_layers": 3}, "lacks model.layers.2"),
+        ({"hidden_size": 64}, r"the layer needs \("),
+        ({"vocab_size": 50}, "lacks model.embed_tokens.weight, .* or has them in another shape"),
+        ({"num_attention_heads": 0}, "transformers builds no model of"),
+    ):
+        folder = tmp_path / said[:8]
+        shutil.copytree(checkpoints["ours"], folder, dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(CheckpointError, match=said):
+            read(folder)
+    config["quantization_config"]["qlora_kernels"]["version"] = 99
+    (folder / "config.json").write_text(json.dumps(config))
+    for way in WAYS["ours"]:
+        with pytest.raises(ValueError, match="later qlora_kernels"):
+            way(folder)
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_another_model_or_rank(checkpoints, tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    from qlora_kernels.integrations.adapters import load_adapter
+
+    def model() -> torch.nn.Module:
+        return read(checkpoints["ours"])
+
+    tuned = peft.get_peft_model(model(), peft.LoraConfig(r=4, target_modules=["up_proj", "q_proj"]))
+    tuned.save_pretrained(tmp_path / "good")
+    assert load_adapter(model(), tmp_path / "good").peft_config["default"].r == 4
+    weights, config = "adapter_model.safetensors", "adapter_config.json"
+    up = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+
+    def configured(**changes: Any) -> Callable[[Path], None]:
+        def edit(folder: Path) -> None:
+            told = json.loads((folder / config).read_text())
+            (folder / config).write_text(json.dumps({**told, **changes}))
+
+        return edit
+
+    def edited(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+        def edit(folder: Path) -> None:
+            state = tensors_of(folder / weights)
+            change(state)
+            save_file(state, folder / weights, {"format": "pt"})
+
+        return edit
+
+    def pickled(folder: Path) -> None:
+        (folder / weights).unlink()
+        torch.save({"x": Evil(tmp_path / "executed")}, folder / "adapter_model.bin")
+
+    bad: list[tuple[Callable[[Path], Any], str]] = [
+        (configured(r=8), "rank 4; adapter_config.json says 8"),
+        (edited(lambda s: s.update({up: torch.zeros(4, 64)})), "layer takes .4, 32.*another model"),
+        (
+            edited(lambda s: [s.update({k.replace("s.1.", "s.9."): s.pop(k)}) for k in list(s)]),
+            r"layers.9.* which the model does not have: it is of another model",
+        ),
+        (edited(lambda s: s.pop(up)), "lacks lora_A of model.layers.1.mlp.up_proj"),
+        (
+            edited(lambda s: [s.pop(k) for k in list(s) if "layers.1" in k]),
+            r"no tensors for them \(2 modules\): it is of a model with fewer layers",
+        ),
+        (pickled, "adapter_model.bin, not read here"),
+        (lambda f: (f / weights).write_bytes((f / weights).read_bytes()[:-3]), "is truncated"),
+        (lambda f: (f / config).write_text("{"), "is not JSON"),
+        (lambda f: (f / config).unlink(), "not a PEFT adapter"),
+    ]
+    base = model()
+    before = [name for name, _ in base.named_modules()]
+    for i, (damage, said) in enumerate(bad):
+        folder = tmp_path / str(i)
+        shutil.copytree(tmp_path / "good", folder)
+        damage(folder)
+        with pytest.raises((CheckpointError, FileNotFoundError), match=said):
+            load_adapter(base, folder)
+    assert [name for name, _ in base.named_modules()] == before, "nothing was put into the model"
+    assert not (tmp_path / "executed").exists()
