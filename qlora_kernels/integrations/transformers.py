@@ -26,7 +26,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
@@ -439,6 +440,9 @@ class QLoRAKernelsQuantizer(HfQuantizer):
                 f"{type(model).__name__} has no linear layer to quantize (skipped: "
                 f"{', '.join(sorted(set(skipped))) or 'none'})"
             )
+        if not self.pre_quantized:
+            names = [name for name, _ in linears]
+            _warn_of_skips_in_vain(config.llm_int8_skip_modules or (), names)
         for name, module in linears:
             conv1d = isinstance(module, Conv1D)
             k, n = module.weight.shape if conv1d else reversed(module.weight.shape)
@@ -560,6 +564,21 @@ def _check_all_or_none_was_packed(model: nn.Module) -> None:
             f"{_first(found[False])} are dense in the checkpoint, whose other layers are 4-bit: "
             "llm_int8_skip_modules of its config does not agree"
         )
+
+
+def _warn_of_skips_in_vain(patterns: Iterable[str], quantized: list[str]) -> None:
+    """A vision tower, say, that is named without what stands before it is not skipped."""
+    for pattern in patterns:
+        inside = [name for name in quantized if f".{pattern}." in f".{name}."]
+        if inside:
+            whole = f".{inside[0]}.".partition(f".{pattern}.")[0][1:]
+            whole = f"{whole}.{pattern}" if whole else pattern
+            warnings.warn(
+                f"llm_int8_skip_modules has {pattern!r}, and {len(inside)} linear layers in it are "
+                f"quantized ({inside[0]}): by transformers' rules a pattern is the start of a "
+                f"name or its end, so say {whole!r}",
+                stacklevel=2,
+            )
 
 
 class BitsAndBytesQuantizer(QLoRAKernelsQuantizer):

@@ -396,15 +396,21 @@ def test_checkpointing_gives_the_same_gradients(trained: Trained) -> None:
         assert torch.equal(a, b)
 
 
+def test_a_tower_that_is_skipped_in_vain_is_warned_of(everything) -> None:  # type: ignore[no-untyped-def]
+    one = everything["llava"]
+    config = QLoRAKernelsConfig(llm_int8_skip_modules=["vision_tower", "q_proj", "lm_head"])
+    with pytest.warns(UserWarning, match="'vision_tower'.* so say 'model.vision_tower'") as caught:
+        type(one.dense).from_pretrained(one.folder / "dense", quantization_config=config)
+    said = [str(w.message) for w in caught if "llm_int8_skip_modules" in str(w.message)]
+    assert len(said) == 1
+
+
 COMPILED = ["llama", "gemma2", "phi3", "mixtral"]
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=[] if n == "llama" else pytest.mark.full)
-        for n in COMPILED
-    ],
+    [pytest.param(n, marks=[] if n == "llama" else pytest.mark.full) for n in COMPILED],
 )
 def test_a_loaded_model_compiles_in_one_graph(name: str, everything) -> None:  # type: ignore[no-untyped-def]
     one = everything[name]

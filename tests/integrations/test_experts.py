@@ -530,6 +530,16 @@ def test_training_holds_no_dense_stack() -> None:
     assert largest(adapted(dense).train()) >= STACK
 
 
+def test_the_page_s_code_runs(folder: Path, ids) -> None:  # type: ignore[no-untyped-def]
+    page = (ROOT / "docs" / "experts.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    assert "Qwen/Qwen3-30B-A3B" in code
+    names: dict[str, Any] = {}
+    exec(code.replace("Qwen/Qwen3-30B-A3B", str(folder)), names)
+    assert len(wrappers(names["model"])) == 4
+    names["model"](ids, labels=ids).loss.backward()
+
+
 # --- errors -------------------------------------------------------------------------------------
 
 
