@@ -137,12 +137,8 @@ def _swap_layers(model: Any, quant: _Quant, packed: bool = False) -> None:
 
 
 def _open_base(folder: Path, quant: _Quant | None, trust_remote_code: bool) -> _Base:
+    from .integrations.checkpoint_files import check_weight_files
     from .integrations.transformers import _found_config
-
-    try:
-        from .integrations.checkpoint_files import check_weight_files
-    except ImportError:
-        from .integrations.transformers import _check_weight_files as check_weight_files
 
     check_weight_files(folder)
     config = json.loads((folder / "config.json").read_text("utf-8"))

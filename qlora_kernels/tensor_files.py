@@ -34,7 +34,7 @@ class TensorReader:
     """The tensors of safetensors files by name, read when they are asked for, not mapped."""
 
     def __init__(self, files: list[Path]) -> None:
-        from .integrations.transformers import check_safetensors
+        from .integrations.checkpoint_files import check_safetensors
 
         self.header: dict[str, dict[str, Any]] = {}
         self._file: dict[str, Path] = {}

@@ -30,7 +30,6 @@ from qlora_kernels import tensor_files  # noqa: E402
 from qlora_kernels.finetune.errors import BadInput, RunError  # noqa: E402
 from qlora_kernels.integrations.transformers import load_quantized_model  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 AutoModel = transformers.AutoModelForCausalLM
 IDS = torch.arange(3, 27).view(2, 12)
 
@@ -111,23 +110,6 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(IDS).logits
 
 
-def without_this_package(code: str, folder: Path, **hidden: str) -> None:
-    """Runs ``code`` with ``folder`` in a process that cannot import qlora_kernels."""
-    head = f"""
-import sys; sys.modules['qlora_kernels'] = None
-import torch, transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder = {str(folder)!r}
-"""
-    tail = "\nassert not any(m.startswith('qlora_kernels.') for m in sys.modules)\n"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", head + code + tail],
-        capture_output=True, text=True, env=environment, cwd=folder,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 ADAPTERS = {
     "plain": {},
     "rslora": {"use_rslora": True, "lora_alpha": 3},
@@ -188,62 +170,65 @@ def test_every_weight_is_the_exact_sum_rounded_once(base, adapter, tmp_path) -> 
         torch.testing.assert_close(value, exact, rtol=2**-7, atol=1e-6)
 
 
-def test_the_folder_opens_without_this_package(base, adapter, tmp_path) -> None:
-    out = tmp_path / "out"
-    figures = qlora_kernels.merge(adapter, out)
-    torch.save(logits(AutoModel.from_pretrained(out, dtype=torch.bfloat16)), tmp_path / "want.pt")
-    assert sorted(p.name for p in out.iterdir()) == [
-        "chat_template.jinja", "config.json", "generation_config.json", "merge.json",
-        "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
-    assert json.loads((out / "merge.json").read_text()) == figures
-    assert "qlora" not in (out / "config.json").read_text()
-    without_this_package(
-        f"""
-model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-assert model.dtype == torch.bfloat16 and not any(info[k] for k in ("missing_keys",
-    "unexpected_keys", "mismatched_keys")), info
-assert model.generation_config.max_new_tokens == 7
-want = torch.load({str(tmp_path / "want.pt")!r})
-with torch.no_grad():
-    assert torch.equal(model(torch.arange(3, 27).view(2, 12)).logits, want)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-text = tokenizer.apply_chat_template([{{"role": "user", "content": "a"}}], tokenize=False)
-assert text.startswith("<|im_start|>user"), text
-""",
-        out,
-    )
-
-
-def test_nf4_is_bitsandbytes_form(base, adapter, tmp_path) -> None:
-    """The sum, quantized once; what the adapter left alone has the base's own bytes."""
+def test_the_folders_open_without_this_package(base, adapter, tmp_path) -> None:
+    """16 bits by transformers alone, NF4 by bitsandbytes; with all that lay beside the weights."""
     pytest.importorskip("bitsandbytes")
-    out = tmp_path / "out"
-    figures = qlora_kernels.merge(adapter, out, to="nf4")
+    want = {}
+    for to in ("16bit", "nf4"):
+        out = tmp_path / to
+        figures = qlora_kernels.merge(adapter, out, to=to)
+        assert sorted(p.name for p in out.iterdir()) == [
+            "chat_template.jinja", "config.json", "generation_config.json", "merge.json",
+            "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        ]  # fmt: skip
+        assert json.loads((out / "merge.json").read_text()) == figures
+        want[to] = logits(AutoModel.from_pretrained(out, dtype=torch.float32))
+    assert "qlora" not in (tmp_path / "16bit" / "config.json").read_text()
+    torch.save(want, tmp_path / "want.pt")
+    code = """
+import sys; sys.modules["qlora_kernels"] = None
+import bitsandbytes, torch, transformers
+want, ids = torch.load("want.pt"), torch.arange(3, 27).view(2, 12)
+
+def load(folder):
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True)
+    keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    assert not any(info[k] for k in keys), info
+    assert model.generation_config.max_new_tokens == 7
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    return model.eval()
+
+with torch.no_grad():
+    assert torch.equal(load("16bit")(ids).logits, want["16bit"])
+    model = load("nf4")
+    layers = [m for m in model.modules() if type(m) is bitsandbytes.nn.Linear4bit]
+    assert len(layers) == 14
+    for layer in layers:
+        layer.compute_dtype = torch.float32  # the folder says bf16, of which it was made
+    got = model(ids).logits
+    assert (got - want["nf4"]).abs().max() < 0.02 * got.abs().max()
+tokenizer = transformers.AutoTokenizer.from_pretrained("nf4")
+text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+assert text.startswith("<|im_start|>user"), text
+assert not any(m.startswith("qlora_kernels.") for m in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_nf4_is_the_sum_quantized_once(base, adapter, tmp_path) -> None:
+    figures = qlora_kernels.merge(adapter, tmp_path / "out", to="nf4")
     assert 0 < figures["rounding_over_weight"] < 0.2
     exact = in_memory(base, adapter, "dequantized").merge_and_unload().state_dict()
-    got = load_file(out / "model.safetensors")
+    got = load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     packed, state = F4.quantize_4bit(exact[name], quant_type="nf4", compress_statistics=True)
     assert (got[name] != packed).float().mean() < 1e-3
     torch.testing.assert_close(got[f"{name}.nested_absmax"], state.state2.absmax)
-    torch.save(logits(AutoModel.from_pretrained(out, dtype=torch.float32)), tmp_path / "want.pt")
-    without_this_package(
-        f"""
-import bitsandbytes
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-assert type(model.model.layers[0].mlp.up_proj) is bitsandbytes.nn.Linear4bit
-assert type(model.lm_head) is torch.nn.Linear
-want = torch.load({str(tmp_path / "want.pt")!r})
-for layer in model.modules():
-    if isinstance(layer, bitsandbytes.nn.Linear4bit):
-        layer.compute_dtype = torch.float32
-with torch.no_grad():
-    got = model(torch.arange(3, 27).view(2, 12)).logits
-assert (got - want).abs().max() < 0.02 * want.abs().max(), (got - want).abs().max()
-""",
-        out,
-    )
 
 
 @pytest.mark.parametrize("kind", ["dense", "packed"])
@@ -407,6 +392,7 @@ def test_the_loss_is_the_mean_over_trained_tokens(base, adapter, tiny_data, tmp_
         assert got == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.full
 def test_a_finetune_s_own_held_out_samples(base, tiny_data, tmp_path) -> None:
     from qlora_kernels.finetune.config import resolve
     from qlora_kernels.finetune.trainer import finetune

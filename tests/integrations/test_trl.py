@@ -33,6 +33,13 @@ COMMON = {
     "disable_tqdm": True, "gradient_checkpointing": False, "save_strategy": "no", "seed": 3,
     "lr_scheduler_type": "constant",
 }  # fmt: skip
+
+
+def kinds(*quick: str) -> list[Any]:
+    return [pytest.param(k, marks=[] if k in quick else pytest.mark.full)
+            for k in ("sft", "dpo", "grpo")]  # fmt: skip
+
+
 QUESTIONS = [f"What is {i} plus {i % 3}?" for i in range(12)]
 
 
@@ -105,7 +112,7 @@ def pointers(trainer: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("kind", kinds("dpo", "grpo"))
 def test_one_frozen_base_that_nothing_packs_again(kind, wide, tmp_path) -> None:
     rows = 2 if kind == "grpo" else 1
     trainer = trainer_of(kind, wide, tmp_path, max_steps=2, per_device_train_batch_size=rows)
@@ -137,7 +144,7 @@ def test_one_frozen_base_that_nothing_packs_again(kind, wide, tmp_path) -> None:
     assert 0 < peak < dense, (peak, dense)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("kind", kinds("dpo"))
 def test_the_fused_loss_is_the_one_that_runs(kind, tiny_model, tmp_path, monkeypatch) -> None:
     """And gives TRL's own losses, gradients and figures."""
     want = trainer_of(kind, tiny_model, tmp_path, fused=False)
@@ -163,7 +170,7 @@ def test_the_fused_loss_is_the_one_that_runs(kind, tiny_model, tmp_path, monkeyp
         trainer_of(kind, tiny_model, tmp_path, fused=False, max_steps=1).train()
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("kind", kinds("sft", "grpo"))
 @pytest.mark.parametrize(
     "optim", ["adamw_torch", pytest.param("paged_adamw_8bit", marks=pytest.mark.full)]
 )
