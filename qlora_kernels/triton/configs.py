@@ -90,10 +90,10 @@ CANDIDATES: dict[str, dict[int, list[Tile]]] = {
     },
 }  # fmt: skip
 
-START = 1  # steps' worth of time before a program's first one
+START, SUM = 1, 1  # steps' worth of time before a program's first one, and to add up the parts
 ENOUGH = 0.6  # of the programs that a device holds at once keep it busy: more share it
 MIN_STEPS, MOST_SPLITS = 2, 32  # steps of a split; parts
-LEEWAY = 1.1  # a split more must be worth its addition of parts
+LEEWAY = 1.1  # a split more must be worth so much
 
 
 def chunk_of(n: int, k: int, blocksize: int) -> int | None:
@@ -122,7 +122,8 @@ def splits_of(op: str, tile: Tile, m: int, n: int, k: int, sms: int, chunk: int 
 
     def time(splits: int) -> float:
         whole, rest = divmod(programs * splits / (tile.resident * sms), 1)
-        return (whole + (max(rest, ENOUGH) if rest else 0)) * (steps / splits + START)
+        waves = whole + (max(rest, ENOUGH) if rest else 0)
+        return waves * (steps / splits + START) + (SUM if splits > 1 else 0)
 
     times = [time(splits) for splits in range(1, max(1, min(steps // MIN_STEPS, MOST_SPLITS)) + 1)]
     return next(i for i, t in enumerate(times, 1) if t <= LEEWAY * min(times))
