@@ -179,8 +179,13 @@ def run_ours(args: argparse.Namespace, dtype: str, dense: bool) -> dict[str, Any
     }
 
 
-def run_peer(args: argparse.Namespace, dtype: str, quantized: bool, trl: bool) -> dict[str, Any]:
-    """The model that bitsandbytes' and PEFT's documentation builds, under Trainer or TRL."""
+def run_peer(
+    args: argparse.Namespace, dtype: str, quantized: bool, trl: bool, prepare: Any = None
+) -> dict[str, Any]:
+    """The model that bitsandbytes' and PEFT's documentation builds, under Trainer or TRL.
+
+    ``prepare`` gets the trainer once it is made.
+    """
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -226,6 +231,8 @@ def run_peer(args: argparse.Namespace, dtype: str, quantized: bool, trl: bool) -
                 },
                 callbacks=[turns(args)],
             )
+        if prepare is not None:
+            prepare(trainer)
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": losses}
@@ -248,14 +255,14 @@ def child(args: argparse.Namespace, name: str) -> None:
 class Process:
     """A contender in a process of its own, that takes a step when it is told to."""
 
-    def __init__(self, args: argparse.Namespace, name: str) -> None:
+    def __init__(self, args: argparse.Namespace, name: str, script: str = __file__) -> None:
         self.name = name
         turn, self._turn = os.pipe()
         done, write = os.pipe()
         self._done = os.fdopen(done)
         self._log = tempfile.TemporaryFile("w+")
         command = [
-            sys.executable, __file__, "--child", name, "--turn", str(turn), "--done", str(write),
+            sys.executable, script, "--child", name, "--turn", str(turn), "--done", str(write),
             "--model", str(args.model), "--data", str(args.data), "--steps", str(args.steps),
             "--batch", str(args.batch), "--length", str(args.length), "--dtype", args.dtype,
             "--threads", str(args.threads),

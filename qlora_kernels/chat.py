@@ -88,13 +88,12 @@ def load(
     tokens = folder if folder is not None and (folder / "tokenizer_config.json").is_file() else base
     tokenizer = load_tokenizer(tokens)
     if folder is not None:
-        from peft import PeftModel
-        from safetensors import SafetensorError
+        from .integrations.adapters import load_adapter
 
         with bad_input(f"the adapter {folder}"):
             try:
-                loaded = PeftModel.from_pretrained(loaded, str(folder))
-            except (RuntimeError, SafetensorError) as error:  # other shapes, half a file
+                loaded = load_adapter(loaded, folder)
+            except RuntimeError as error:  # of a type that is not LoRA, in other shapes
                 raise ValueError(str(error).splitlines()[0]) from error
     return loaded.eval(), tokenizer
 

@@ -362,6 +362,18 @@ def test_finetune_starts_from_equal_losses(tmp_path):
         assert all(end["peak"] > 100e6 for end in found["ends"].values())
 
 
+@pytest.mark.full
+def test_drop_in_judges_every_bar(tmp_path):
+    for package in ("bitsandbytes", "peft", "trl", "datasets"):
+        pytest.importorskip(package)
+    result, text = run_script("drop_in", tmp_path)
+    assert "FAILED" not in text
+    assert len(result["bars"]) == 3 + 3 + 2 + 2
+    assert {bar[3] for bar in result["bars"]} <= {"met", "missed"}
+    ours, theirs = (result["losses_float32"][run] for run in ("ours", "peer"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 # --- the CUDA benchmarks' common part -----------------------------------------------------------
 
 
