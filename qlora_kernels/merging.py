@@ -773,7 +773,9 @@ def merge(
         model: the base: a folder, or a name on the hub; what the adapter names if None. Dense, or
             4-bit already (bitsandbytes' checkpoints, or this package's).
         base: what the update is added to: "dequantized", the values of the 4-bit weights, which the
-            adapter was trained on (default), or "original", the weights before quantization.
+            adapter was trained on, or "original", the weights before quantization. By default
+            dequantized for 16 bits; for NF4 original, where the base is not 4-bit itself: in values
+            that lie on NF4's grid a small update would be rounded away.
         to: "16bit", or "nf4": bitsandbytes' 4-bit form, which rounds the sum again.
         dtype: of what is 16-bit in the output; the base's own by default, bf16 if that is fp32.
         quant_type, blocksize, double_quant, skip_modules: how the base was quantized in training.
@@ -815,12 +817,14 @@ def merge(
     quant = _quant_of(run, asked)
     if quant is None and base == "dequantized":
         raise BadInput(f"{adapter} was trained on a base in 16 bits, so base is original")
-    base = base or ("dequantized" if quant is not None else "original")
     from .integrations.transformers import _local_folder
 
     with bad_input("model"):
         folder = _local_folder(model or _named_base(found), None, None)
         opened = _open_base(folder, quant, trust_remote_code)
+    if base is None:
+        dense = not opened.packed and (quant is None or to == "nf4")
+        base = "original" if dense else "dequantized"
     if opened.packed and base == "original":
         raise BadInput(f"{folder} is 4-bit: give the model it was made from, or base dequantized")
     found.check(opened)
@@ -849,6 +853,11 @@ def merge(
         }
         _write_figures(aside, figures)
     say(_summary(output, figures))
+    if to == "nf4" and base == "dequantized":
+        say(
+            "note: values that lie on NF4's grid are rounded back onto it, and a small update with "
+            "them; base original keeps it (docs/merge.md)"
+        )
     if rows is not None:
         figures["losses"] = _losses(rows, found, opened, base, output, say)
         from .finetune.checkpoint import replace_file, write_json
@@ -1064,7 +1073,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--base", choices=BASES,
         help="merge into the dequantized 4-bit weights, which the adapter was trained on, or into "
-        "the original ones [dequantized]",
+        "the original ones [dequantized; to nf4 original]",
     )  # fmt: skip
     add("--to", choices=TARGETS, default="16bit", help="what is written [%(default)s]")
     add("--dtype", default="auto", help="bfloat16 or float16; the base's own by default")

@@ -176,7 +176,7 @@ def test_the_folders_open_without_this_package(base, adapter, tmp_path) -> None:
     want = {}
     for to in ("16bit", "nf4"):
         out = tmp_path / to
-        figures = qlora_kernels.merge(adapter, out, to=to)
+        figures = qlora_kernels.merge(adapter, out, base="dequantized", to=to)
         assert sorted(p.name for p in out.iterdir()) == [
             "chat_template.jinja", "config.json", "generation_config.json", "merge.json",
             "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -221,7 +221,7 @@ assert not any(m.startswith("qlora_kernels.") for m in sys.modules)
 
 
 def test_nf4_is_the_sum_quantized_once(base, adapter, tmp_path) -> None:
-    figures = qlora_kernels.merge(adapter, tmp_path / "out", to="nf4")
+    figures = qlora_kernels.merge(adapter, tmp_path / "out", base="dequantized", to="nf4")
     assert 0 < figures["rounding_over_weight"] < 0.2
     exact = in_memory(base, adapter, "dequantized").merge_and_unload().state_dict()
     got = load_file(tmp_path / "out" / "model.safetensors")
@@ -238,7 +238,8 @@ def test_layers_that_nothing_changes_keep_their_bytes_in_nf4(base, kind, tmp_pat
     want = load_file(packed / "model.safetensors")
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
     model = base if kind == "dense" else packed
-    qlora_kernels.merge(adapter, tmp_path / "out", model=model, to="nf4")
+    given = {"model": model, "base": "dequantized", "to": "nf4"}
+    qlora_kernels.merge(adapter, tmp_path / "out", **given)
     got = load_file(tmp_path / "out" / "model.safetensors")
     assert got.keys() == want.keys()
     for name, value in want.items():
@@ -276,6 +277,27 @@ def test_how_the_base_was_quantized_is_asked_or_read_from_the_run(base, adapter,
     with pytest.raises(BadInput, match="in 16 bits, so base is original"):
         qlora_kernels.merge(run, tmp_path / "none", base="dequantized")
     assert qlora_kernels.merge(run, tmp_path / "none")["base"] == "original"
+
+
+def test_a_small_update_survives_nf4_in_the_original_base(base, tmp_path) -> None:
+    """On the grid it is rounded away; off it, it decides some roundings, and is kept on average."""
+    adapter = make_adapter(base, tmp_path / "adapter", lora_alpha=0.05)
+    name = "model.layers.1.mlp.up_proj.weight"
+    kept, said = {}, []
+    for which in (None, "dequantized"):
+        out = tmp_path / str(which)
+        figures = qlora_kernels.merge(adapter, out, base=which, to="nf4", say=said.append)
+        assert figures["base"] == (which or "original")
+        start = dense(base, figures["base"]).state_dict()[name]
+        exact = in_memory(base, adapter, figures["base"]).merge_and_unload().state_dict()[name]
+        update = exact - start
+        assert update.norm() < 0.03 * start.norm()
+        got = load_quantized_model(out, dtype=torch.float32).get_submodule(name[:-7])
+        plain = load_quantized_model(base, dtype=torch.float32).get_submodule(name[:-7])
+        moved = got.dequantize_weight(torch.float32) - plain.dequantize_weight(torch.float32)
+        kept[which] = float((moved * update).sum() / update.square().sum())
+    assert kept["dequantized"] < 0.3 < 0.6 < kept[None] < 1.4, kept
+    assert sum("base original keeps it" in line for line in said) == 1
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
