@@ -163,7 +163,7 @@ def checksums_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
     def one(tensor: Tensor) -> str:
         flat = tensor.detach().contiguous().cpu().reshape(-1)
-        data = flat.view(torch.uint8).numpy() if flat.numel() else b""
+        data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
         return f"{zlib.crc32(data, _start(_NAMES[tensor.dtype], tensor.shape)):08x}"
 
     known = {name: t for name, t in tensors.items() if t.dtype in _NAMES}
