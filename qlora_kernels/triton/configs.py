@@ -45,7 +45,7 @@ class Config:
 # and is never executed here; 12.0 has no wgmma, and GDDR like 8.6; 0.0 stands for other makers'.
 _FEW, _SOME = Tile(16, 2, 16, 4, 2, 5), Tile(8, 8, 32, 4, 3, 4)
 _GDDR: dict[str, list[tuple[int, Tile]]] = {
-    LINEAR: [(2, _FEW), (8, Tile(16, 8, 16, 4, 2, 5)), (16, Tile(4, 16, 32, 4, 3, 4)),
+    LINEAR: [(2, _FEW), (8, Tile(16, 8, 16, 4, 2, 3)), (16, Tile(4, 16, 32, 4, 3, 3)),
              (128, Tile(2, 32, 64, 4, 3, 3))],
     INPUT_GRAD: [(16, Tile(4, 16, 64, 4, 2, 3)), (32, Tile(4, 32, 16, 4, 3, 4)),
                  (64, Tile(4, 32, 32, 4, 3, 3))],
@@ -63,9 +63,9 @@ _TABLE: dict[tuple[int, int], dict[str, list[tuple[int, Tile]]]] = {
     },
     (8, 6): _GDDR,
     (9, 0): {
-        LINEAR: [(2, _FEW), (8, _SOME), (16, Tile(4, 16, 64, 4, 2, 2)),
-                 (32, Tile(2, 32, 64, 4, 3, 3)), (128, Tile(1, 64, 128, 8, 3, 1))],
-        INPUT_GRAD: [(16, Tile(4, 16, 64, 4, 2, 3)), (32, Tile(4, 32, 16, 4, 3, 4)),
+        LINEAR: [(2, _FEW), (8, Tile(4, 8, 32, 4, 4, 7)), (16, Tile(4, 16, 64, 4, 2, 3)),
+                 (32, Tile(2, 32, 64, 4, 3, 3)), (128, Tile(1, 64, 128, 8, 3, 2))],
+        INPUT_GRAD: [(16, Tile(4, 16, 32, 4, 3, 4)), (32, Tile(4, 32, 16, 4, 3, 4)),
                      (64, Tile(4, 64, 16, 4, 2, 2))],
     },
     (12, 0): _GDDR,
@@ -93,7 +93,7 @@ CANDIDATES: dict[str, dict[int, list[Tile]]] = {
 START, SUM = 1, 1  # steps' worth of time before a program's first one, and to add up the parts
 ENOUGH = 0.6  # of the programs that a device holds at once keep it busy: more share it
 MIN_STEPS, MOST_SPLITS = 2, 32  # steps of a split; parts
-LEEWAY = 1.1  # a split more must be worth so much
+LEEWAY = 1.03  # a split more must be worth so much
 
 
 def chunk_of(n: int, k: int, blocksize: int) -> int | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from qlora_kernels.emulator.devices import DEVICES, occupancy
+from qlora_kernels.emulator.devices import DEVICES, get_device, occupancy
 from qlora_kernels.triton import configs, input_grad, linear
 from qlora_kernels.triton.configs import INPUT_GRAD, LINEAR, Config, Tile
 
@@ -67,13 +69,14 @@ def test_a_chunk_shares_a_scale_wherever_it_starts(n, k, blocksize, chunk) -> No
     assert configs.chunk_of(n, k, blocksize) == chunk
 
 
-def all_tiles(rows=configs._TABLE) -> set[tuple[str, Tile]]:  # type: ignore[no-untyped-def]
-    found = {
-        (op, t) for row in rows for op in configs._TABLE[row] for _, t in configs._TABLE[row][op]
-    }
-    return found | {
-        (op, t) for op, by in configs.CANDIDATES.items() for ts in by.values() for t in ts
-    }
+def tiles_of(row: tuple[int, int]) -> set[tuple[str, Tile]]:
+    return {(op, tile) for op, taken in configs._TABLE[row].items() for _, tile in taken}
+
+
+def all_tiles() -> set[tuple[str, Tile]]:
+    found = set().union(*map(tiles_of, configs._TABLE))
+    by_op = configs.CANDIDATES.items()
+    return found | {(op, tile) for op, by in by_op for tiles in by.values() for tile in tiles}
 
 
 @pytest.mark.parametrize("sms", [16, 108, 170])
@@ -91,7 +94,7 @@ def test_splits_fill_the_device() -> None:
     tile = Tile(4, 16, 64, 4, 3, 4)
     assert configs.splits_of(LINEAR, tile, 16, 64 * 108 * 8, 8192, 108) == 1
     few = configs.splits_of(LINEAR, tile, 16, 64 * 27, 8192, 108)  # of the 432 that it holds
-    assert configs.ENOUGH / configs.LEEWAY <= 27 * few / 432 <= 1
+    assert 0.5 < 27 * few / 432 <= 1
 
 
 def cases() -> list:
@@ -136,17 +139,21 @@ def held(device, tile, launch) -> int:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("op, tile", sorted(all_tiles(ROWS)), ids=str)
-def test_as_many_are_resident_as_the_table_says(make_triton_gpu, op, tile) -> None:
-    """On an A100, without LoRA; elsewhere, and with it, one or two fewer."""
-    gpu = make_triton_gpu("a100", checks=(), blocks=[0])
+@pytest.mark.parametrize(
+    "device, op, tile",
+    [(ROWS[row], op, tile) for row in list(ROWS)[:3] for op, tile in sorted(tiles_of(row))],
+    ids=str,
+)
+def test_as_many_are_resident_as_the_table_says(make_triton_gpu, device, op, tile) -> None:
+    """On a row's first device, without LoRA; elsewhere, and with it, one or two fewer."""
+    gpu = make_triton_gpu(device, checks=(), blocks=[0])
     case = TritonCase(tile.bm, 64, 1024)
     weight = Gpu().weight(case.packed, case.state)
     if op == LINEAR:
         linear.product(case.x, weight, 64, Config(tile, 2), BF16)
     else:
         input_grad.product(case.dy, weight, 1024, Config(tile, 2), BF16)
-    assert held("a100", tile, gpu.launches[0]) == tile.resident
+    assert held(device, tile, gpu.launches[0]) == tile.resident
 
 
 def test_every_device_here_has_a_row() -> None:
@@ -180,10 +187,45 @@ def test_candidates_hold_what_the_table_takes() -> None:
     for row in set(configs._TABLE) - {(0, 0)}:
         for op, taken in configs._TABLE[row].items():
             for most, tile in taken:
-                assert tile in configs.candidates(op, most), (row, op, most)
+                tried = [t[:-1] for t in configs.candidates(op, most)]
+                assert tile[:-1] in tried, (row, op, most)
 
 
-def test_the_ranking_that_the_table_is_from_is_there() -> None:
-    text = Path(configs.__file__).read_text()
-    (named,) = set(re.findall(r"benchmarks/\w+\.py", text))
-    assert (Path(__file__).parents[2] / named).is_file()
+@pytest.fixture
+def triton_rank(monkeypatch):  # type: ignore[no-untyped-def]
+    """The benchmark that the table is from."""
+    (named,) = set(re.findall(r"benchmarks/(\w+)\.py", Path(configs.__file__).read_text()))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    return importlib.import_module(named)
+
+
+def test_the_ranking_of_a_small_layer(triton_rank, monkeypatch) -> None:
+    """Sorted, with the dense way among them; what it says of a tile is the tile's."""
+    monkeypatch.setitem(configs.CANDIDATES[LINEAR], 2, configs.CANDIDATES[LINEAR][2][:1])
+    n, k = 256, 2048
+    device = get_device("a100")
+    found = triton_rank.ranking(device, LINEAR, 1, triton_rank.weight_of(n, k), n, k)
+    assert [c.us for c in found] == sorted(c.us for c in found)
+    dense = [c for c in found if not c.tile]
+    assert len(dense) == 1 and dense[0].us == pytest.approx(triton_rank.large(device, 1, n, k).us)
+    for c in found:
+        if c.tile:
+            assert c.tile == tuple(configs.CANDIDATES[LINEAR][2][0])
+            assert c.spilled == 0 and 0 < c.registers < 256
+            assert c.sass > c.alu > 16 / 2  # half a PRMT a weight at the least
+            assert c.us == pytest.approx(sum(c.parts))
+            assert len(c.parts) == (1 if c.splits == 1 else 2)
+
+
+def test_the_results_are_the_tables(triton_rank) -> None:
+    """The JSON's choices are those that the table makes now."""
+    results = Path(triton_rank.__file__).parent / "results" / "triton_rank.json"
+    cases = json.loads(results.read_text())["cases"]
+    assert {c["device"] for c in cases} == {"a100", "h100", "rtx4090"}
+    for c in cases:
+        device = get_device(c["device"])
+        op = LINEAR if c["pass"] == "forward" else INPUT_GRAD
+        now = choose(device.capability, op, c["m"], shape=(c["n"], c["k"]), sms=device.sms)
+        assert now is not None, c
+        assert [*now.tile, now.splits] == [*c["chosen"]["tile"], c["chosen"]["splits"]], c
+        assert c["regret"] <= 1.25, c
