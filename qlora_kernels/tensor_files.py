@@ -61,7 +61,7 @@ class TensorReader:
             begin = 8 + int.from_bytes(file.read(8), "little")
             data = torch.empty(end - start, dtype=torch.uint8)
             file.seek(begin + start)
-            if file.readinto(memoryview(data.numpy())) != end - start:
+            if file.readinto(data.numpy().data) != end - start:
                 raise CheckpointError(f"{self._file[name]} ends within {name}")
         return data.view(self.dtype(name)).reshape(self.shape(name))
 
@@ -115,7 +115,7 @@ class TensorWriter:
         self._missing.remove(name)
         self._file.seek(8 + self._room + told["data_offsets"][0])
         data = tensor.contiguous().reshape(-1)
-        self._file.write(memoryview(data.view(torch.uint8).numpy()))
+        self._file.write(data.view(torch.uint8).numpy().data)
 
     def close(self) -> None:
         assert not self._missing, self._missing

@@ -231,7 +231,7 @@ def _to_theirs(old: Linear4bit, made: dict[int, Any]) -> Any:
         )  # fmt: skip
         weight = bnb.nn.Params4bit(
             old.weight.data, requires_grad=False, quant_state=state, blocksize=ours.blocksize,
-            compress_statistics=ours.nested, quant_type=ours.quant_type,
+            compress_statistics=ours.nested, quant_type=ours.quant_type,  # type: ignore[arg-type]
             quant_storage=old.quant_storage, module=new, bnb_quantized=True,
         )  # fmt: skip
         made[id(old.weight)] = weight
@@ -256,7 +256,7 @@ def _hand_over(old: Any, new: Any) -> None:
 
 
 def _bytes_of(layer: Any) -> int:
-    weight = layer.weight if isinstance(layer, nn.Module) else layer
+    weight: Any = layer.weight if isinstance(layer, nn.Module) else layer
     state = weight.quant_state
     tensors = [weight.data, state.absmax]
     if state.state2 is not None:
