@@ -22,6 +22,7 @@ from .takeover import disable, enable, enabled
 if TYPE_CHECKING:
     from . import nn, optim
     from .integrations.bitsandbytes import swap
+    from .integrations.loftq import loftq_init
     from .merging import merge
     from .nn.out_of_scope import MatmulLtState, matmul
 
@@ -35,6 +36,7 @@ _LATER = {
     "nn": "nn",
     "optim": "optim",
     "MatmulLtState": "nn.out_of_scope",
+    "loftq_init": "integrations.loftq",
     "matmul": "nn.out_of_scope",
     "merge": "merging",
     "swap": "integrations.bitsandbytes",
@@ -60,6 +62,7 @@ __all__ = [
     "formats",
     "functional",
     "get_backend",
+    "loftq_init",
     "matmul",
     "matmul_4bit",
     "merge",

@@ -141,6 +141,14 @@ class FusedLoraLinear(PeftLinear):
             if not torch.equal(before, dense.weight):
                 base.set_weight(dense.weight.detach())
 
+    def loftq_init(self, adapter_name: str, config: Any) -> None:
+        """Refused, by name."""
+        raise ValueError(
+            "init_lora_weights='loftq' makes up for what quantization lost, which a layer in 4 "
+            "bits no longer knows: leave init_lora_weights as it is, and call "
+            "qlora_kernels.loftq_init(model, original) with the 16-bit model's folder afterwards"
+        )
+
     # -- merging --
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

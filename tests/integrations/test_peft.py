@@ -24,9 +24,15 @@ transformers = pytest.importorskip("transformers")
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402
 
+import qlora_kernels  # noqa: E402
 from qlora_kernels import nn as qnn  # noqa: E402
 from qlora_kernels.integrations.peft import FusedLoraLinear, install  # noqa: E402
-from qlora_kernels.nn import Linear4bit, LoraLinear4bit, replace_linear_layers  # noqa: E402
+from qlora_kernels.nn import (  # noqa: E402
+    CheckpointError,
+    Linear4bit,
+    LoraLinear4bit,
+    replace_linear_layers,
+)
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -379,6 +385,80 @@ def test_initialisations_see_the_dense_weight(init: str, model, ids) -> None:  #
             assert parameter.dtype == torch.float32
             assert parameter.isfinite().all()
             assert init == "orthogonal" or parameter.any(), name
+
+
+class TestLoftQ:
+    """What quantization lost, by the singular values of it."""
+
+    @pytest.fixture
+    def dense(self) -> nn.Module:
+        return tiny_llama()
+
+    @pytest.fixture
+    def tuned(self, dense: nn.Module) -> nn.Module:
+        model = copy.deepcopy(dense)
+        replace_linear_layers(model, verbose=False)
+        return get_peft_model(model, LoraConfig(r=8, lora_alpha=4, target_modules="all-linear"))
+
+    def test_the_adapter_is_the_best_approximation(self, dense, tuned, ids) -> None:  # type: ignore[no-untyped-def]
+        packed = {n: m.weight.clone() for n, m in tuned.named_modules() if type(m) is Linear4bit}
+        before = (tuned(ids).logits - dense(ids).logits).norm()
+        errors = qlora_kernels.loftq_init(tuned, dense.state_dict())
+        assert (tuned(ids).logits - dense(ids).logits).norm() < 0.9 * before
+        layers = {n: m for n, m in tuned.base_model.model.named_modules() if n in errors}
+        assert len(errors) == 14 and all(type(m) is FusedLoraLinear for m in layers.values())
+        for name, layer in layers.items():
+            weight = dense.get_submodule(name).weight.detach()
+            residual = weight - layer.base_layer.dequantize_weight(torch.float32)
+            values = torch.linalg.svdvals(residual)  # Eckart and Young
+            best = values[8:].square().sum().sqrt() / weight.norm()
+            left = residual - layer.get_delta_weight("default").detach()
+            assert errors[name].before == pytest.approx(float(residual.norm() / weight.norm()))
+            assert errors[name].after == pytest.approx(float(best), rel=1e-4)
+            assert errors[name].after == pytest.approx(float(left.norm() / weight.norm()), rel=1e-4)
+        now = {n: m.weight for n, m in tuned.named_modules() if type(m) is Linear4bit}
+        assert all(torch.equal(packed[n], now[n]) for n in packed)
+
+    def test_more_iterations_come_nearer(self, dense, tuned, tmp_path) -> None:  # type: ignore[no-untyped-def]
+        dense.save_pretrained(tmp_path, max_shard_size="100KB")
+        once = qlora_kernels.loftq_init(copy.deepcopy(tuned), tmp_path)
+        often = qlora_kernels.loftq_init(tuned, str(tmp_path), iterations=5)
+        mean = [sum(e.after for e in errors.values()) for errors in (once, often)]
+        assert mean[1] < mean[0]
+
+    def test_a_rank_beyond_the_weights(self, dense) -> None:  # type: ignore[no-untyped-def]
+        model = copy.deepcopy(dense)
+        replace_linear_layers(model, verbose=False)
+        tuned = get_peft_model(model, LoraConfig(r=80, target_modules=["k_proj"]))
+        for error in qlora_kernels.loftq_init(tuned, dense.state_dict()).values():
+            assert error.after < 1e-5 < error.before
+
+    def test_bad_input_is_named_and_changes_nothing(self, dense, tuned, tmp_path) -> None:  # type: ignore[no-untyped-def]
+        before = {
+            n: t.clone() for n, t in tuned.state_dict().items() if isinstance(t, torch.Tensor)
+        }
+        good = dense.state_dict()
+        last = "model.layers.1.mlp.down_proj.weight"
+        bad = [
+            ({**good, last: good[last].T}, {}, CheckpointError, "down_proj.weight of the original"),
+            ({n: t for n, t in good.items() if n != last}, {}, CheckpointError, f"has no {last}"),
+            (tmp_path / "none", {}, CheckpointError, "is no folder"),
+            (good, {"adapter_name": "other"}, ValueError, "no 4-bit layer with an adapter 'other'"),
+            (good, {"iterations": 0}, ValueError, "iterations must be 1 or more, got 0"),
+        ]
+        for original, kwargs, error, message in bad:
+            with pytest.raises(error, match=message):
+                qlora_kernels.loftq_init(tuned, original, **kwargs)
+        with pytest.raises(ValueError, match="no 4-bit layer"):
+            qlora_kernels.loftq_init(dense, good)
+        after = tuned.state_dict()
+        assert all(torch.equal(t, after[n]) for n, t in before.items())
+
+    def test_peft_s_own_name_says_what_to_do(self, model) -> None:  # type: ignore[no-untyped-def]
+        config = LoraConfig(r=4, target_modules=["q_proj"])
+        config.init_lora_weights = "loftq"  # PEFT's own check of it wants SciPy
+        with pytest.raises(ValueError, match="qlora_kernels.loftq_init"):
+            get_peft_model(model, config)
 
 
 # --- merging ------------------------------------------------------------------------------------
