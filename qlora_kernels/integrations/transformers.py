@@ -549,7 +549,8 @@ def _check_nothing_was_drawn(model: Any) -> None:
     if drawn:
         raise CheckpointError(
             f"the checkpoint lacks {_first(drawn)}, which {type(model).__name__} had when it was "
-            "saved: its files are not whole, or config.json is another model's"
+            "saved, or has them in another shape: its files are not whole, or config.json is "
+            "another model's"
         )
 
 
