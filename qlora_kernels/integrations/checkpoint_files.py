@@ -198,6 +198,11 @@ def verify_files(paths: Iterable[str | os.PathLike[str]], packed: bool) -> None:
 
 def _verify(path: Path) -> None:
     header, metadata, data = _read_header(path)
+    for name, entry in header.items():
+        if entry["shape"][:1] == [0]:  # safetensors' own slices of such end in an error without it
+            raise CheckpointError(
+                f"{path}: {name} has shape {entry['shape']}, and no tensor of a model is empty"
+            )
     if CHECKSUMS not in metadata:
         return
     try:

@@ -474,6 +474,20 @@ def test_a_changed_byte_is_named_by_its_tensor(checkpoints, tmp_path) -> None:
             way(folder)
 
 
+def test_an_empty_tensor_is_named(checkpoints, tmp_path) -> None:
+    """safetensors' own readers end in an error that names no tensor."""
+    for form, ways in WAYS.items():
+        folder = tmp_path / form
+        shutil.copytree(checkpoints[form], folder)
+        path = sorted(folder.glob("*.safetensors"))[0]
+        state = load_file(path)
+        name = sorted(state)[0]
+        save_file({**state, name: torch.zeros(0, dtype=state[name].dtype)}, path)
+        for way in ways:
+            with pytest.raises(CheckpointError, match=rf"{name} has shape \[0\]"):
+                way(folder)
+
+
 def test_a_config_of_later_or_that_lies(checkpoints, tmp_path) -> None:
     for change, said in (
         ({"num_hidden_layers": 1}, "weights that its config.json knows nothing of"),
