@@ -6,7 +6,6 @@ half way, in torch's words, and one of a model with fewer layers loads with a wa
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..nn import CheckpointError
-from .checkpoint_files import check_safetensors
+from .checkpoint_files import check_safetensors, read_json_object
 
 __all__ = ["check_adapter", "load_adapter"]
 
@@ -74,13 +73,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         pickles = sorted(p.name for p in folder.glob("*.bin"))
         hint = f"; it has {pickles[0]}, not read here (a pickle can run code)" if pickles else ""
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}{hint}")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds {type(config).__name__}, not a JSON object")
-    return config
+    return read_json_object(path)
 
 
 def _targets(folder: Path, model: nn.Module) -> list[str]:

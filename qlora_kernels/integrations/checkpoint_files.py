@@ -30,7 +30,14 @@ from torch import Tensor
 
 from ..nn import CheckpointError
 
-__all__ = ["CHECKSUMS", "check_safetensors", "checksums_of", "verify_files", "with_checksums"]
+__all__ = [
+    "CHECKSUMS",
+    "check_safetensors",
+    "checksums_of",
+    "read_json_object",
+    "verify_files",
+    "with_checksums",
+]
 
 CHECKSUMS = "qlora_kernels_crc32"
 """The key of ``__metadata__`` that holds a file's checksums."""
@@ -320,16 +327,26 @@ def check_weight_files(folder: Path) -> None:
             )
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A configuration's file.
+
+    Raises:
+        CheckpointError: it is not JSON, or no object.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds {type(found).__name__}, not a JSON object")
+    return found
+
+
 def _check_config(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: not a transformers model's folder")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds {type(config).__name__}, not a JSON object")
+    read_json_object(path)
 
 
 def _read_index(index: Path) -> dict[str, str]:

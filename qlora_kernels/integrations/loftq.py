@@ -91,6 +91,7 @@ def _reader(
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is no folder: expected the model in 16 bits")
         source = TensorReader(weight_files(folder))
+    turned = set()  # layers that lie as [in, out] in the original
     for name, layer in layers.items():
         key = f"{name}.weight"
         if key not in source:
@@ -98,16 +99,17 @@ def _reader(
         found = source.shape(key) if isinstance(source, TensorReader) else source[key].shape
         packed = layer._packed_layer()
         want = [packed.out_features, packed.in_features]
-        turned = getattr(packed, "_is_transposed_in_checkpoint", False)
-        if list(found) != (want[::-1] if turned else want):
+        if getattr(packed, "_is_transposed_in_checkpoint", False):
+            turned.add(name)
+        if list(found) != (want[::-1] if name in turned else want):
             raise CheckpointError(
                 f"{key} of the original model is {list(found)}, the layer is {want}"
             )
 
     def weight_of(name: str) -> Tensor:
-        packed: Any = layers[name]._packed_layer()
-        dense = source[f"{name}.weight"].to(packed.weight.device, torch.float32)
-        return dense.T if getattr(packed, "_is_transposed_in_checkpoint", False) else dense
+        device = layers[name]._packed_layer().weight.device
+        dense = source[f"{name}.weight"].to(device, torch.float32)
+        return dense.T if name in turned else dense
 
     return weight_of
 
