@@ -253,9 +253,7 @@ def main() -> int:
     parser.add_argument("--loss-steps", type=int, default=100)
     parser.add_argument("--loss-length", type=int, default=64, help="tokens of such a step")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by hardware unless given")
-    for name in ("child", "turn", "done", "data", "steps"):
-        kind = {"child": str, "data": Path}.get(name, int)
-        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    harness.add_child_arguments(parser)
     harness.add_arguments(parser)
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -343,9 +343,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by hardware unless given")
-    for name in ("child", "turn", "done", "data", "steps"):
-        kind = {"child": str, "data": Path}.get(name, int)
-        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    harness.add_child_arguments(parser)
     harness.add_arguments(parser)
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -46,6 +46,7 @@ __all__ = [
     "Sample",
     "Spread",
     "add_arguments",
+    "add_child_arguments",
     "begin",
     "clock_ghz",
     "copies_for_cold",
@@ -64,6 +65,13 @@ __all__ = [
 
 
 # --- arguments and set-up -----------------------------------------------------------------------
+
+
+def add_child_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a benchmark tells the processes that it starts of itself; help does not name them."""
+    for name in ("child", "turn", "done", "data", "steps"):
+        kind = {"child": str, "data": Path}.get(name, int)
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
