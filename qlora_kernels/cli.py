@@ -14,51 +14,75 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
-# Name: module, what it does, an example.
-COMMANDS: dict[str, tuple[str, str, str]] = {
-    "finetune": (
-        "qlora_kernels.finetune.command",
-        "train LoRA adapters on a model in 4 bits",
-        "qlora finetune --model_name_or_path ./SmolLM2 --dataset_name my.jsonl",
-    ),
-    "chat": (
-        "qlora_kernels.chat",
-        "talk with a model and an adapter in the terminal",
-        "qlora chat --adapter qlora-out",
-    ),
-    "merge": (
-        "qlora_kernels.merging",
-        "put an adapter into its base: a plain transformers folder",
-        "qlora merge qlora-out --output merged",
-    ),
-    "kernels": (
-        "qlora_kernels.kernels",
-        "say which CUDA kernel a layer gets on a device, and why",
-        "qlora kernels --device h100 -M 16 -N 11008 -K 4096",
-    ),
-    "tune": (
-        "qlora_kernels.tune",
-        "measure the CUDA kernels on the GPU here and keep the quickest",
-        "qlora tune --shapes 11008x4096",
-    ),
-    "demo": (
-        "qlora_kernels.demo",
-        "finetune SmolLM2-135M here and now, beside bitsandbytes",
-        "qlora demo",
-    ),
+
+class Command(NamedTuple):
+    module: str
+    what: str
+    example: str
+    extra: str = "finetune"  # the optional dependencies that it needs: qlora-kernels[extra]
+
+
+# What there is, in the groups that `qlora --help` shows.
+GROUPS: dict[str, dict[str, Command]] = {
+    "training": {
+        "finetune": Command(
+            "qlora_kernels.finetune.command",
+            "train LoRA adapters on a model in 4 bits",
+            "qlora finetune --model_name_or_path ./SmolLM2 --dataset_name my.jsonl",
+        ),
+        "chat": Command(
+            "qlora_kernels.chat",
+            "talk with a model and an adapter in the terminal",
+            "qlora chat --adapter qlora-out",
+        ),
+        "merge": Command(
+            "qlora_kernels.merging",
+            "put an adapter into its base: a plain transformers folder",
+            "qlora merge qlora-out --output merged",
+        ),
+        "demo": Command(
+            "qlora_kernels.demo",
+            "finetune SmolLM2-135M here and now, beside bitsandbytes",
+            "qlora demo",
+        ),
+    },
+    "judging": {},
+    "serving": {},
+    "research": {},
+    "kernels": {
+        "kernels": Command(
+            "qlora_kernels.kernels",
+            "say which CUDA kernel a layer gets on a device, and why",
+            "qlora kernels --device h100 -M 16 -N 11008 -K 4096",
+        ),
+        "tune": Command(
+            "qlora_kernels.tune",
+            "measure the CUDA kernels on the GPU here and keep the quickest",
+            "qlora tune --shapes 11008x4096",
+        ),
+    },
+}
+COMMANDS: dict[str, Command] = {
+    name: command for group in GROUPS.values() for name, command in group.items()
 }
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = "\n".join(
-        f"  {name:<10} {what}\n{'':13}{ex}" for name, (_, what, ex) in COMMANDS.items()
+    lines = "\n\n".join(
+        "\n".join(
+            [f"{title}:"]
+            + [f"  {name:<10} {c.what}\n{'':13}{c.example}" for name, c in group.items()]
+        )
+        for title, group in GROUPS.items()
+        if group
     )
     parser = argparse.ArgumentParser(
         prog="qlora",
         usage="qlora [--version] <command> ...",
         description="4-bit finetuning (QLoRA) with hand-written kernels.",
-        epilog=f"commands:\n{lines}\n\n`qlora <command> --help` tells more.",
+        epilog=f"{lines}\n\n`qlora <command> --help` tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -97,14 +121,15 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
     # PEFT asks transformers by a name that transformers calls deprecated.
     warnings.filterwarnings("ignore", ".*_gradient_checkpointing` is deprecated", FutureWarning)
-    module_name, what, example = COMMANDS[name]
+    command = COMMANDS[name]
     try:
-        module = importlib.import_module(module_name)
+        module = importlib.import_module(command.module)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "qlora_kernels":
             raise
         print(
-            f"qlora {name}: {error.name} is not installed: pip install 'qlora-kernels[finetune]'",
+            f"qlora {name}: {error.name} is not installed: "
+            f"pip install 'qlora-kernels[{command.extra}]'",
             file=sys.stderr,
         )
         return 2
@@ -113,8 +138,8 @@ def _run(name: str, arguments: Sequence[str]) -> int:
             return module.run(list(arguments)) or 0
         parser = argparse.ArgumentParser(
             prog=f"qlora {name}",
-            description=f"{what[0].upper()}{what[1:]}.",
-            epilog=f"example: {example}",
+            description=f"{command.what[0].upper()}{command.what[1:]}.",
+            epilog=f"example: {command.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

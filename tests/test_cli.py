@@ -27,7 +27,10 @@ def command(monkeypatch):
         if add_arguments is not None:
             module.add_arguments = add_arguments
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        commands = {**cli.COMMANDS, "test": (module.__name__, "does as told", "qlora test")}
+        commands = {
+            **cli.COMMANDS,
+            "test": cli.Command(module.__name__, "does as told", "qlora test"),
+        }
         monkeypatch.setattr(cli, "COMMANDS", commands)
 
     return make
@@ -50,8 +53,10 @@ def test_help_lists_every_command_with_an_example(capsys, argv, code):
     except SystemExit as end:
         assert end.code == code
     text = capsys.readouterr().out
-    for name, (_, what, example) in cli.COMMANDS.items():
-        assert name in text and what in text and example in text
+    for name, command in cli.COMMANDS.items():
+        assert name in text and command.what in text and command.example in text
+    for title, group in cli.GROUPS.items():
+        assert (f"\n{title}:\n" in text) == bool(group)
 
 
 def test_version(capsys):
@@ -137,13 +142,13 @@ def test_a_defect_keeps_its_traceback(command):
 
 def test_a_package_that_is_missing_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "qlora_kernels.chat", None)
-    commands = {"chat": ("package_that_is_not_there", "talks", "qlora chat")}
+    commands = {"chat": cli.Command("package_that_is_not_there", "talks", "qlora chat", "serve")}
     monkeypatch.setattr(cli, "COMMANDS", commands)
     assert cli.main(["chat"]) == 2
     err = capsys.readouterr().err
     assert "package_that_is_not_there is not installed" in err
-    assert "pip install 'qlora-kernels[finetune]'" in err
-    commands["chat"] = ("qlora_kernels.not_there", "talks", "qlora chat")
+    assert "pip install 'qlora-kernels[serve]'" in err
+    commands["chat"] = cli.Command("qlora_kernels.not_there", "talks", "qlora chat")
     with pytest.raises(ModuleNotFoundError):  # a part of ours that is missing is a defect
         cli.main(["chat"])
 
