@@ -105,7 +105,7 @@ TOLERANCE = {"fp32": 1e-4, "mixed": 2**-6, "bf16": 2**-6}
 
 
 def has_peer(package: str) -> bool:
-    return harness._version(package) is not None
+    return harness.version(package) is not None
 
 
 def can_repack() -> bool:

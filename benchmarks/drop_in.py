@@ -35,7 +35,6 @@ from typing import Any
 import finetune as models
 import harness
 from finetune import RANK, SKIPPED, Process
-from harness import Race, Sample
 
 TRAINERS = {"trainer": "Trainer", "sft": "SFTTrainer"}
 TRAIN_WAYS = ("bnb", "line", "with loss")
@@ -125,13 +124,13 @@ def child(args: argparse.Namespace, name: str) -> None:
 
 def take_turns(
     args: argparse.Namespace, names: list[str], skipped: int
-) -> tuple[Race, dict[str, dict[str, Any]]]:
+) -> tuple[harness.Race, dict[str, dict[str, Any]]]:
     """``args.steps`` turns of each process; what they took, and what they told at the end."""
-    race = Race(args.clock, {name: [] for name in names})
+    race = harness.Race(args.clock, {name: [] for name in names})
     processes = [Process(args, name, __file__) for name in names]
     for step in range(args.steps):
         for process in processes:
-            taken: Sample = process.step()
+            taken: harness.Sample = process.step()
             if step >= skipped:
                 race.samples[process.name].append(taken)
     return race, {process.name: process.end() for process in processes}

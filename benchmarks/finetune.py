@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from harness import Race, Sample
 
 CONTENDERS = {
     "bnb-trainer": "bnb, Trainer",
@@ -281,9 +280,9 @@ class Process:
             raise RuntimeError(f"{self.name} ended early:\n{self._log.read()[-3000:]}")
         return json.loads(line)
 
-    def step(self) -> Sample:
+    def step(self) -> harness.Sample:
         os.write(self._turn, b".")
-        return Sample(**self._read())
+        return harness.Sample(**self._read())
 
     def end(self) -> dict[str, Any]:
         figures = self._read()
@@ -297,9 +296,9 @@ class Process:
         self._log.close()
 
 
-def duel(args: argparse.Namespace, other: str) -> tuple[Race, dict[str, dict[str, Any]]]:
+def duel(args: argparse.Namespace, other: str) -> tuple[harness.Race, dict[str, dict[str, Any]]]:
     """Steps of ours and of another in turn; what both told at their end."""
-    race = Race(args.clock, {"ours": [], other: []})
+    race = harness.Race(args.clock, {"ours": [], other: []})
     processes = [Process(args, "ours"), Process(args, other)]
     for step in range(args.steps):
         for process in processes:
