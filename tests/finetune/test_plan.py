@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_kernels.finetune import plan as planning
+from qlora_kernels import control_group
 from qlora_kernels.finetune.errors import BadInput
 from qlora_kernels.finetune.plan import (
     MemoryPlan,
@@ -25,6 +25,9 @@ from qlora_kernels.finetune.plan import (
     resident_memory,
 )
 from qlora_kernels.finetune.report import plan_table
+from qlora_kernels.planning import machine, memory
+from qlora_kernels.planning.memory import LOADING
+from qlora_kernels.planning.trace import STRETCHES
 
 QUANT = {"quant_type": "nf4", "blocksize": 64, "double_quant": True}
 HIDDEN, INNER, WORDS = 64, 128, 272
@@ -60,7 +63,8 @@ def test_what_is_held_throughout_is_counted():
     constants = sum(v // 64 + 4 * -(-v // 64 // 256) + 4 for v in values)
     assert parts["their constants"] == layers * constants
     norms = (2 * layers + 1) * HIDDEN
-    assert parts["other weights"] == 4 * (WORDS * HIDDEN + norms)  # tied: once
+    assert parts["embeddings and output layer"] == 4 * WORDS * HIDDEN  # tied: once
+    assert parts["other weights"] == 4 * norms
     trained = layers * 8 * sum(n + k for n, k in matrices)
     assert parts["trained parameters"] == 4 * trained
     # Adam: two moments and a step each; 14 matrices a layer.
@@ -82,7 +86,7 @@ def test_the_same_bytes_as_the_model_that_is_trained(tiny_model):
     rest = {id(p): p.nbytes for p in tuned.parameters() if not p.requires_grad}
     for m in layers:
         rest.pop(id(m.weight))
-    assert parts["other weights"] == sum(rest.values())
+    assert parts["other weights"] + parts["embeddings and output layer"] == sum(rest.values())
 
 
 def test_dense_models_and_formats():
@@ -101,51 +105,57 @@ def test_dense_models_and_formats():
 def test_parts_add_up_to_the_step():
     found = plan(program=1000)
     assert found.parts["program and libraries"] == 1000
-    assert found.phases["in a training step"] == sum(found.parts.values())
+    assert set(found.phases) == {LOADING, *STRETCHES.values()} == set(found.compositions)
+    for phase, parts in found.compositions.items():
+        assert found.phases[phase] == sum(parts.values())
+        assert all(size >= 0 for size in parts.values())
     assert found.peak == max(found.phases.values()) and found.when in found.phases
-    assert all(size >= 0 for size in found.parts.values())
+    assert found.parts in found.compositions.values()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_depth_is_extrapolated_to_what_tracing_all_of_it_gives(monkeypatch, checkpointing):
-    """Two traces predict a model of six layers; here all six are traced as well."""
+@pytest.mark.parametrize("checkpointing, accumulation", [(False, 1), (True, 4)])
+def test_depth_is_extrapolated_to_what_tracing_all_of_it_gives(
+    monkeypatch, checkpointing, accumulation
+):
+    """Two traces predict a model of five layers; here all five are traced as well."""
     shape = StepShape(2, 48)
-    real, called = planning._trace, []
+    real, called = memory.trace_step, []
 
     def trace(model, *rest):
         called.append(rest)
         return real(model, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(planning, "_trace", trace)
-        found = plan(shape, layers=6, checkpointing=checkpointing)
+        patch.setattr(memory, "trace_step", trace)
+        found = plan(shape, layers=5, checkpointing=checkpointing, accumulation=accumulation)
     assert len(called) == 2 and called[0] == called[1]
-    model = planning._meta_model(config(6), torch.float32, QUANT, lora(), "sdpa")
+    model = memory._meta_model(config(5), torch.float32, QUANT, lora(), "sdpa")
     whole = real(model, *called[0])
-    assert found.parts["activations"] == whole.saved
+    assert found.activations == whole.saved
     assert found.parts["optimizer states"] == whole.states
-    predicted = found.phases["in a training step"] - sum(
-        found.parts[n] for n in ("packed 4-bit weights", "their constants", "other weights",
-                                 "trained parameters", "optimizer states")
-    ) - planning._inside_kernels(shape, HIDDEN)  # fmt: skip
-    assert predicted == pytest.approx(whole.peak, rel=0.02)
+    inside = memory._inside_loss(shape, HIDDEN)
+    standing = sum(memory._standing(model).values())
+    for stretch, phase in STRETCHES.items():
+        states = 0 if stretch == "update" else whole.states
+        predicted = found.phases[phase] - standing - states - inside
+        assert predicted == pytest.approx(whole.peaks[stretch], rel=0.005), phase
 
 
 def test_activations_grow_with_the_batch_and_shrink_by_checkpointing():
     one, two = plan(StepShape(1, 64)), plan(StepShape(2, 64))
-    assert two.parts["activations"] == pytest.approx(2 * one.parts["activations"], rel=0.05)
-    long = plan(StepShape(1, 128)).parts["activations"]
-    assert long >= 1.9 * one.parts["activations"]
-    saving = plan(StepShape(2, 64), layers=8, checkpointing=True).parts["activations"]
-    assert saving < 0.3 * plan(StepShape(2, 64), layers=8).parts["activations"]
+    assert two.activations == pytest.approx(2 * one.activations, rel=0.05)
+    assert plan(StepShape(1, 128)).activations >= 1.9 * one.activations
+    saving = plan(StepShape(2, 64), layers=8, checkpointing=True).activations
+    assert saving < 0.3 * plan(StepShape(2, 64), layers=8).activations
 
 
 def test_accumulation_holds_the_gradients_while_activations_are_there():
     alone, accumulated = plan(), plan(accumulation=4)
-    assert accumulated.phases["in a training step"] > alone.phases["in a training step"]
+    forward = STRETCHES["forward"]
     gradients = alone.parts["trained parameters"]
-    extra = accumulated.phases["in a training step"] - alone.phases["in a training step"]
-    assert extra <= gradients * 1.01
+    assert accumulated.phases[forward] == alone.phases[forward] + gradients
+    assert accumulated.compositions[forward]["gradients"] == gradients
+    assert 0 <= accumulated.peak - alone.peak <= gradients * 1.01
 
 
 def test_other_optimizers_hold_less():
@@ -160,14 +170,15 @@ def test_logits_are_not_part_of_it():
     found = plan_memory(wide, StepShape(1, 512), quant=QUANT, lora=lora(), program=0,
                         limit=(None, ""))  # fmt: skip
     passing = sum(found.parts[n] for n in ("activations", "temporaries", "gradients"))
-    assert passing < 100_000 * 512 * 4 / 3
+    assert found.full_logits == 100_000 * 512 * 4
+    assert passing < found.full_logits / 3
 
 
 def test_a_model_that_cannot_be_traced_is_told(monkeypatch):
     def broken(*args):
         raise RuntimeError("no fake tensors here\nand more")
 
-    monkeypatch.setattr(planning, "_trace", broken)
+    monkeypatch.setattr(memory, "trace_step", broken)
     found = plan()
     (note,) = found.notes
     assert "LlamaConfig" in note and "no fake tensors here)" in note and "higher" in note
@@ -227,21 +238,21 @@ def test_limits_of_control_groups(tmp_path, monkeypatch):
     group(tmp_path / "memory" / "x", 500, 100, 50, old)
     group(tmp_path / "memory", 1 << 62, 1, 0, old)  # how version 1 says that there is none
     members = "0::/a/b/c\n3:cpu:/x\n4:memory:/x\n"
-    real = planning.Path.read_text
+    real = control_group.Path.read_text
 
     def read_text(self, *args, **kwargs):
         if str(self) == "/proc/self/cgroup":
             return members
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(planning.Path, "read_text", read_text)
-    assert sorted(planning.control_group_room(tmp_path)) == [50, 450, 800]
+    monkeypatch.setattr(control_group.Path, "read_text", read_text)
+    assert sorted(control_group.control_group_room(tmp_path)) == [50, 450, 800]
     group(tmp_path / "a" / "b" / "c", "nonsense", 850, 0)
-    assert sorted(planning.control_group_room(tmp_path)) == [450, 800]
+    assert sorted(control_group.control_group_room(tmp_path)) == [450, 800]
 
 
 def test_the_smallest_room_is_the_limit(monkeypatch):
-    monkeypatch.setattr(planning, "control_group_room", lambda: [123, 77])
+    monkeypatch.setattr(machine, "control_group_room", lambda: [123, 77])
     room, who = available_memory()
     assert who == "the control group's limit"
     assert room == pytest.approx(resident_memory() + 77, abs=50 << 20)

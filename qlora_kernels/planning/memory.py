@@ -1,0 +1,346 @@
+"""How much memory a finetune will take, before any of it is taken.
+
+Sizes of what is held throughout (packed weights, constants, other weights, adapters) are counted on
+a model without storage. What comes and goes within a step is *traced* (:mod:`.trace`), not put in a
+formula. Two traces with two and three decoder layers give both the part that grows with depth and
+the part that does not. So every architecture that transformers has, gradient checkpointing, packing
+and LoRA on whichever layers are predicted by the code that will run.
+
+What a trace does not see is listed in :data:`MemoryPlan.parts` by name: the program itself (as it
+is resident now, or a GPU's context) and the buffers inside the kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn import Linear4bit
+from .allocator import CachingAllocator
+from .machine import available_memory, resident_memory
+from .trace import STRETCHES, StepShape, StepTrace, trace_step
+
+__all__ = ["LOADING", "MemoryPlan", "StepShape", "plan_memory"]
+
+LOADING = "while loading"
+
+GPU_CONTEXT = 500 * 10**6
+"""Of a GPU's memory, what a process has before its first tensor: the context and the kernels of
+torch and cuBLAS. An assumption: 300 to 600 MB are reported, by driver and device."""
+
+MIB = 2**20
+
+
+@dataclass
+class MemoryPlan:
+    """Bytes, predicted. ``parts`` add up to the peak of a training step."""
+
+    parts: dict[str, int] = field(default_factory=dict)
+    """What there is at the moment of the peak of a step."""
+    phases: dict[str, int] = field(default_factory=dict)
+    """The most that there is while loading, and in each stretch of a training step."""
+    limit: int | None = None
+    """What this process may have; None where it is not known."""
+    limit_from: str = ""
+    notes: list[str] = field(default_factory=list)
+    compositions: dict[str, dict[str, int]] = field(default_factory=dict)
+    """The parts of each phase, at its peak."""
+    paged: int = 0
+    """Of the optimizer's states, what may lie outside of this memory."""
+    activations: int = 0
+    """What is kept between forward and backward pass, all layers."""
+    activations_a_layer: int = 0
+    """What one decoder layer keeps of that."""
+    layers: int = 0
+    full_logits: int = 0
+    """What logits in fp32 would take, if the loss held them at once; it does not."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values(), default=0)
+
+    @property
+    def needed(self) -> int:
+        """The least that this memory must hold: the peak, less paged states that are elsewhere."""
+        return max(
+            (
+                size - (min(self.paged, self.compositions.get(phase, {}).get(_STATES, 0)))
+                for phase, size in self.phases.items()
+            ),
+            default=0,
+        )
+
+    @property
+    def when(self) -> str:
+        """The phase of the peak."""
+        return max(self.phases, key=lambda name: self.phases[name], default="")
+
+    @property
+    def excess(self) -> int:
+        """Bytes by which the need exceeds the limit; 0 where it fits or no limit is known."""
+        return 0 if self.limit is None else max(0, self.needed - self.limit)
+
+
+_STATES = "optimizer states"
+
+
+# --- what is held throughout --------------------------------------------------------------------
+
+
+def _meta_model(
+    config: Any, dtype: torch.dtype, quant: Mapping[str, Any] | None, lora: Any, attention: str
+) -> Any:
+    """The model that will be trained, on the meta device."""
+    from accelerate import init_empty_weights
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    if quant is not None:
+        output = model.get_output_embeddings()
+        skip = quant.get("skip_modules")
+        for name, module in list(model.named_modules()):
+            dense = isinstance(module, nn.Linear) and not isinstance(module, Linear4bit)
+            skipped = module is output if skip is None else any(s in name for s in skip)
+            if dense and not skipped:
+                new = Linear4bit(
+                    module.in_features,
+                    module.out_features,
+                    module.bias is not None,
+                    blocksize=quant.get("blocksize", 64),
+                    compress_statistics=quant.get("double_quant", True),
+                    quant_type=quant.get("quant_type", "nf4"),
+                    device="meta",
+                    dtype=dtype,
+                )
+                model.set_submodule(name, new)
+    model.requires_grad_(False)
+    if lora is None:
+        return model
+    lora = copy.deepcopy(lora)
+    # Initialisations that decompose a weight would run on nothing; the shapes are the same.
+    if isinstance(lora.init_lora_weights, str):
+        lora.init_lora_weights = True
+    with init_empty_weights(include_buffers=True), torch.device("meta"):
+        return get_peft_model(model, lora)
+
+
+def _bytes(tensors: Any) -> int:
+    seen: dict[int, int] = {id(t): t.nbytes for t in tensors if t is not None}
+    return sum(seen.values())
+
+
+def _scales(layer: Linear4bit) -> list[Any]:
+    # The tables of 16 and 256 values are shared by all layers, and are nothing.
+    return [layer.absmax, layer.nested_absmax, layer.nested_offset]
+
+
+def _standing(model: Any) -> dict[str, int]:
+    """Bytes of weights and adapters, by part."""
+    quantized = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    packed = {id(m.weight): m.weight for m in quantized}
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    words = [p for m in ends if m is not None for p in m.parameters()]
+    words = [p for p in words if not p.requires_grad and id(p) not in packed]
+    known = packed.keys() | {id(p) for p in words}
+    return {
+        "packed 4-bit weights": _bytes(packed.values()),
+        "their constants": _bytes(s for m in quantized for s in _scales(m)),
+        "embeddings and output layer": _bytes(words),
+        "other weights": _bytes(
+            p for p in model.parameters() if not p.requires_grad and id(p) not in known
+        ),
+        "trained parameters": _bytes(p for p in model.parameters() if p.requires_grad),
+    }
+
+
+def _largest_weight(model: nn.Module) -> int:
+    """Values of the largest single weight in the checkpoint."""
+    sizes = [p.numel() for p in model.parameters() if p.dtype != torch.uint8]
+    sizes += [m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit)]
+    return max(sizes, default=0)
+
+
+def _largest_packed(model: nn.Module) -> int:
+    """Values of the largest weight in 4 bits."""
+    found = [m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit)]
+    return max(found, default=0)
+
+
+def loading_holes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes that torch's allocator on a GPU has taken and does not use, once the model is there:
+    each weight came whole, became codes and scales, and went."""
+    device, seen = CachingAllocator(), set[int]()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            seen.add(id(module.weight))
+            whole = device.allocate(module.in_features * module.out_features * dtype.itemsize)
+            for tensor in (module.weight, *_scales(module)):
+                if tensor is not None:
+                    device.allocate(tensor.nbytes)
+            device.free(whole)
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                device.allocate(parameter.nbytes)
+    return device.reserved - device.allocated
+
+
+# --- buffers that no trace sees -----------------------------------------------------------------
+
+
+def _inside_loss(shape: StepShape, hidden: int) -> int:
+    """Of the fused loss: a tile of logits and a panel of words (a few MB, see qlora_kernels.loss),
+    and for 2048 rows at a time their hidden states in fp32, a copy, and their gradient."""
+    return 8 * MIB + 3 * 4 * min(shape.tokens, 2048) * hidden
+
+
+def _workspace(largest: int, dtype: torch.dtype, capability: tuple[int, int]) -> int:
+    """On a GPU: the buffer that a weight is dequantized into before a matmul of many rows, and what
+    torch gives cuBLAS (8 MiB, 32 MiB on capability 9.0 and later)."""
+    return largest * dtype.itemsize + (32 * MIB if capability >= (9, 0) else 8 * MIB)
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+
+def _with_layers(config: Any, count: int) -> Any:
+    """``config`` with its first ``count`` decoder layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
+    text.num_hidden_layers = count
+    for name, value in list(vars(text).items()):  # layer_types and the like: one entry a layer
+        if isinstance(value, list) and len(value) == depth:
+            setattr(text, name, value[:count])
+    return config
+
+
+def _compositions(
+    held: Mapping[str, int], trace: StepTrace, a_layer: int, depth: int
+) -> dict[str, dict[str, int]]:
+    """The parts of each stretch of a step; ``held`` are those of all of it, the states aside."""
+    before = trace.gradients if trace.accumulated else 0
+    at_the_end = max(0, trace.saved - (depth - 1) * a_layer)
+    there = {  # gradients and activations at the peak of each stretch
+        "forward": (before, trace.saved),
+        "last layer": (before, trace.saved),
+        "first layer": (trace.gradients, at_the_end),
+        "update": (trace.gradients, 0),
+    }
+    found = {}
+    for stretch, peak in trace.peaks.items():
+        rest = peak - (trace.states if stretch == "update" else 0)
+        gradients = max(0, min(there[stretch][0], rest))
+        activations = max(0, min(there[stretch][1], rest - gradients))
+        found[STRETCHES[stretch]] = {
+            **held,
+            _STATES: trace.states,
+            "gradients": gradients,
+            "activations": activations,
+            "temporaries": max(0, rest - gradients - activations),
+        }
+    return found
+
+
+def plan_memory(
+    config: Any,
+    shape: StepShape,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quant: Mapping[str, Any] | None = None,
+    lora: Any = None,
+    checkpointing: bool = False,
+    accumulation: int = 1,
+    optimizer: tuple[Any, dict[str, Any]] | None = None,
+    attention: str = "sdpa",
+    fused: bool = True,
+    program: int | None = None,
+    limit: tuple[int | None, str] | None = None,
+    gpu: tuple[int, int] | None = None,
+) -> MemoryPlan:
+    """Predicts the memory of a finetune. Touches no weights and no data.
+
+    Args:
+        config: a transformers configuration of a causal language model.
+        shape: of the largest micro-batch.
+        dtype: of what is not quantized.
+        quant: ``quant_type``, ``blocksize``, ``double_quant``, ``skip_modules`` of the 4-bit
+            layers; None for none.
+        lora: PEFT's ``LoraConfig``.
+        checkpointing: whether activations are computed again in the backward pass.
+        accumulation: micro-batches a step; with more than one, gradients are held throughout.
+        optimizer: its class and keyword arguments; AdamW if None.
+        attention: transformers' name of the implementation.
+        fused: whether :func:`qlora_kernels.activations.fuse` is applied.
+        program: bytes of the process before; what is resident now if None.
+        limit: what :func:`available_memory` says if None.
+        gpu: the compute capability of a GPU to plan for, with its workspace and the holes that
+            torch's allocator leaves; None for what is used alone.
+
+    Returns:
+        The plan. Where a model cannot be traced, its activations are missing and ``notes`` says so.
+    """
+    program = resident_memory() if program is None else program
+    limit, who = available_memory() if limit is None else limit
+    plan = MemoryPlan(limit=limit, limit_from=who)
+    optimizer = optimizer or (torch.optim.AdamW, {})
+
+    def build(layers: int | None = None) -> Any:
+        part = config if layers is None else _with_layers(config, layers)
+        return _meta_model(part, dtype, quant, lora, attention)
+
+    whole = build()
+    standing = _standing(whole)
+    # The largest weight as it comes from the file, and as it becomes fp32 to be quantized.
+    largest, packed = _largest_weight(whole), _largest_packed(whole)
+    holes = loading_holes(whole, dtype) if gpu else 0
+    del whole
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
+    a_layer = 0
+    try:
+        traces = [
+            trace_step(build(n), shape, checkpointing, accumulation > 1, optimizer, fused)
+            for n in ((3, 2) if depth > 3 else (depth, depth - 1) if depth > 1 else (depth,))
+        ]
+        trace = traces[0]
+        if depth > 1:
+            trace = trace.extended(traces[1], max(0, depth - 3))
+            a_layer = traces[0].saved - traces[1].saved
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        plan.notes.append(
+            f"activations could not be predicted for {type(config).__name__} ({reason}): the peak "
+            "is higher than this"
+        )
+        trained = standing["trained parameters"]
+        guess = dict.fromkeys(STRETCHES, trained) | {"update": 3 * trained}
+        trace = StepTrace(guess, 0, trained, 2 * trained, 0)
+    held = {"program and libraries" if gpu is None else "the GPU's context": program, **standing}
+    inside = {"the loss, a tile of logits": _inside_loss(shape, text.hidden_size)}
+    if gpu is not None:
+        inside["workspace"] = _workspace(packed, dtype, gpu)
+        inside["holes of the allocator"] = holes + max(0, trace.reserved - trace.peak)
+    plan.compositions = {
+        phase: {**parts, **inside}
+        for phase, parts in _compositions(held, trace, a_layer, depth).items()
+    }
+    plan.phases = {phase: sum(parts.values()) for phase, parts in plan.compositions.items()}
+    plan.parts = plan.compositions[plan.when]
+    loading = {"a weight while it is quantized": 2 * 4 * largest}
+    plan.compositions[LOADING] = {**held, **loading}
+    plan.phases[LOADING] = sum(plan.compositions[LOADING].values())
+    plan.paged = trace.states if getattr(optimizer[0], "paged", False) else 0
+    plan.activations, plan.activations_a_layer, plan.layers = trace.saved, a_layer, depth
+    plan.full_logits = 4 * shape.tokens * text.vocab_size
+    return plan
