@@ -196,7 +196,7 @@ def _asking(model: Any) -> Iterator[None]:
 
 def _shared(rows: Sequence[Sequence[int]]) -> int:
     """How many tokens all rows begin with together; each keeps one that is its own."""
-    first, last = min(rows), max(rows)
+    first, last = min(map(tuple, rows)), max(map(tuple, rows))  # what these share, all share
     most = min(map(len, rows)) - 1
     same = next(
         (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first)
