@@ -48,7 +48,14 @@ GROUPS: dict[str, dict[str, Command]] = {
             "qlora demo",
         ),
     },
-    "judging": {},
+    "judging": {
+        "mmlu": Command(
+            "qlora_kernels.evaluate.mmlu",
+            "measure knowledge by multiple choice questions",
+            "qlora mmlu --adapter qlora-out --data mmlu --split val",
+            "judge",
+        ),
+    },
     "serving": {},
     "research": {},
     "kernels": {
