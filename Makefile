@@ -8,6 +8,7 @@
 #                       and the tests of ops and modules on it
 #   make bench-gpu      the CUDA kernels on it, measured
 #   make bench          the benchmarks, beside bitsandbytes, dense bf16 and the machine's limits
+#   make docs           the site: build/site/index.html
 #   make wheel          dist/: a release wheel, manylinux, with the CUDA half for every architecture
 #   make build          the native libraries, in place
 #   make format         rewrites sources as `make lint` wants them
@@ -124,6 +125,16 @@ test-gpu: setup need-gpu
 
 bench-gpu: need-gpu
 	@$(VENV)/bin/qlora tune $(TUNE_ARGS)
+
+# --- the site -------------------------------------------------------------------------------------
+
+.PHONY: docs docs-serve
+docs: setup build
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+docs-serve: setup build
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
 
 # --- releases -----------------------------------------------------------------------------------
 

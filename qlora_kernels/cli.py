@@ -14,6 +14,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 
@@ -98,6 +99,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _command_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
+    """The parser of a command that has ``add_arguments``."""
+    what, example = COMMANDS[name].what, COMMANDS[name].example
+    parser = argparse.ArgumentParser(
+        prog=f"qlora {name}",
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -143,14 +158,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     try:
         if not hasattr(module, "add_arguments"):
             return module.run(list(arguments)) or 0
-        parser = argparse.ArgumentParser(
-            prog=f"qlora {name}",
-            description=f"{command.what[0].upper()}{command.what[1:]}.",
-            epilog=f"example: {command.example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        module.add_arguments(parser)
+        parser = _command_parser(name, module)
         return module.run(parser.parse_args(arguments)) or 0
     except BadInput as error:
         print(f"qlora {name}: {error}", file=sys.stderr)

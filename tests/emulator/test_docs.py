@@ -39,3 +39,42 @@ def test_the_fixture_runs_ptx(emulator: Emulator) -> None:  # noqa: F811
     y = np.zeros(1, np.uint32)
     result = emulator.ptx(kernel_text(body, ".param .u64 p0"))[1, 1](y)
     assert y[0] == 3 and emulator.results == [result]
+
+
+@pytest.mark.skipif(missing is not None, reason=str(missing))
+def test_the_pages_of_the_model_and_of_the_runtime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/emulator_model.md and docs/emulator_runtime.md, with the sources that they speak of."""
+    kernel = """
+    extern "C" __global__ void decode(const float* x, float* y) {
+      int i = blockIdx.x * blockDim.x + threadIdx.x;
+      y[i] = 2.f * x[i];
+    }
+    """
+    launcher = """
+    __global__ void scale(const float* x, float* y, float a, int n) {
+      int i = blockIdx.x * blockDim.x + threadIdx.x;
+      if (i < n) y[i] = a * x[i];
+    }
+    extern "C" int launch_scale(const float* x, float* y, float a, int n, cudaStream_t stream) {
+      scale<<<(n + 127) / 128, 128, 0, stream>>>(x, y, a, n);
+      return cudaGetLastError();
+    }
+    """
+    monkeypatch.chdir(tmp_path)
+    Path("kernel.cu").write_text(kernel)
+    Path("kernels.cu").write_text(launcher)
+    (tmp_path / "build").mkdir()
+    compiled = toolchain.compile_library("kernels.cu", ["sm_80"])
+    Path("build/libkernels.so").write_bytes(compiled.read_bytes())
+    values = np.ones(256, np.float32)
+    names: dict = {"grid": 2, "block": 128, "weights": 256, "out": tmp_path}
+    names["args"] = [values, np.zeros_like(values)]
+    for name in ("emulator_model.md", "emulator_runtime.md"):
+        page = PAGE.parent / name
+        blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+        assert blocks
+        for block in blocks:
+            exec(compile(block, str(page), "exec"), names)
+    assert names["work"] and names["rt"].launches[0].grid == (8, 1, 1)

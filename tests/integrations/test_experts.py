@@ -9,6 +9,7 @@ import copy
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -620,3 +621,13 @@ def test_other_families(name: str, tmp_path: Path, ids) -> None:  # type: ignore
     trained = adapted(model).train()
     trained(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in trained.parameters() if p.requires_grad)
+
+
+def test_the_code_of_the_page(folder: Path) -> None:
+    """docs/experts.md, as it stands there, on a tiny model."""
+    page = (ROOT / "docs" / "experts.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 1 and '"Qwen/Qwen3-30B-A3B"' in blocks[0]
+    names: dict = {}
+    exec(blocks[0].replace('"Qwen/Qwen3-30B-A3B"', repr(str(folder))), names)
+    assert any(isinstance(m, Experts4bit) for m in names["model"].modules())

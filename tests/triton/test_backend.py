@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ from qlora_kernels import functional as F4
 from qlora_kernels.nn import LoraLinear4bit
 
 lib = torch.ops.qlora_kernels
+PAGE = Path(__file__).parents[2] / "docs" / "triton.md"
 N, K, RANK = 48, 128, 8
 
 
@@ -39,6 +42,16 @@ def operands(m: int = 5, dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace
         x=torch.randn(m, K, dtype=dtype), dy=torch.randn(m, N, dtype=dtype),
         a=torch.randn(RANK, K) / K**0.5, b=torch.randn(N, RANK), bias=torch.randn(N),
     )  # fmt: skip
+
+
+def test_the_code_of_the_page(make_triton_gpu) -> None:
+    """docs/triton.md's, as it stands there."""
+    make_triton_gpu("a100")
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.S)
+    said = block.replace("    ...", "    used = qlora_kernels.get_backend()")
+    names: dict = {}
+    exec(said, names)
+    assert said != block and names["used"] == "triton" != qlora_kernels.get_backend()
 
 
 def test_a_training_step_runs_on_tritons_kernels(on_triton) -> None:
