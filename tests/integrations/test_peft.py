@@ -620,7 +620,11 @@ def test_a_deepcopy_is_on_its_own(model, ids) -> None:  # type: ignore[no-untype
 
 @pytest.mark.parametrize(
     "first",
-    ["qlora_kernels.integrations.transformers", "qlora_kernels.integrations.peft", "qlora_kernels"],
+    [
+        "qlora_kernels",
+        pytest.param("qlora_kernels.integrations.peft", marks=pytest.mark.full),
+        pytest.param("qlora_kernels.integrations.transformers", marks=pytest.mark.full),
+    ],
 )
 def test_any_module_may_be_imported_first(first):
     code = (
