@@ -50,6 +50,18 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
     },
     "judging": {
+        "judge": Command(
+            "qlora_kernels.evaluate.judge",
+            "have a model judge replies, beside a baseline and in pairs",
+            "qlora judge --replies replies.jsonl --baseline gpt --endpoint URL --judge gpt-4 ...",
+            "judge",
+        ),
+        "elo": Command(
+            "qlora_kernels.evaluate.elo",
+            "make ratings of judgments, with intervals",
+            "qlora elo judgments.jsonl --plot ladder.png",
+            "judge",
+        ),
         "mmlu": Command(
             "qlora_kernels.evaluate.mmlu",
             "measure knowledge by multiple choice questions",
