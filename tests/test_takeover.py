@@ -58,6 +58,9 @@ assert type(layer(model)).__name__ == "Linear4bit" and layer(model).compress_sta
 assert model.is_loaded_in_4bit and layer(model).compute_dtype == torch.float32
 model.save_pretrained({str(folder)!r})
 tokens = model.generate(torch.arange(6)[None], max_new_tokens=8, do_sample=False)
+stored = quantize({str(tiny_model)!r}, bnb_4bit_quant_storage=torch.bfloat16)  # FSDP's way
+assert kind(stored) == "qlora_kernels" and layer(stored).weight.dtype == torch.bfloat16
+assert torch.equal(logits(stored), logits(model))
 torch.save({{"logits": logits(model), "tokens": tokens}}, {str(folder / "want.pt")!r})
 """
     python(code=code)
