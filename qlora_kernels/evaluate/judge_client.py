@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from ..finetune.errors import BadInput, Interrupted, RunError
@@ -114,7 +114,7 @@ class Endpoint:
     retries: int = 5
     per_minute: float | None = None
     cache: Cache | None = None
-    backoff: float = 1.0
+    backoff: ClassVar[float] = 1.0
     stop: threading.Event = field(default_factory=threading.Event)
     tries: int = 0
     waits: list[float] = field(default_factory=list)
@@ -126,8 +126,12 @@ class Endpoint:
         self._lock = threading.Lock()
         self._not_before = 0.0  # all threads, after a Retry-After
         self._sent: deque[float] = deque()
-        # A proxy of the environment cannot reach this machine's own server.
-        http = openai.DefaultHttpxClient(trust_env=not is_local(self.base_url))
+        # A proxy of the environment cannot reach this machine's own server. Without TLS there are
+        # no certificates to load (a fifth of a second), and no way from there to a TLS server.
+        tls = self.base_url.startswith("https:")
+        http = openai.DefaultHttpxClient(
+            trust_env=not is_local(self.base_url), verify=tls, follow_redirects=tls
+        )
         self._client = openai.OpenAI(
             base_url=self.base_url,
             api_key=key,
