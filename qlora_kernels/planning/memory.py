@@ -23,7 +23,7 @@ from torch import nn
 from ..nn import Linear4bit
 from .allocator import CachingAllocator
 from .machine import available_memory, resident_memory
-from .trace import STRETCHES, StepShape, StepTrace, trace_step
+from .trace import LAYER, STRETCHES, StepShape, StepTrace, trace_step
 
 __all__ = ["LOADING", "MemoryPlan", "StepShape", "plan_memory"]
 
@@ -176,23 +176,49 @@ def _largest_packed(model: nn.Module) -> int:
     return max(found, default=0)
 
 
-def loading_holes(model: nn.Module, dtype: torch.dtype) -> int:
+def loading_holes(model: nn.Module, dtype: torch.dtype, depth: int) -> int:
     """Bytes that torch's allocator on a GPU has taken and does not use, once the model is there:
-    each weight came whole, became codes and scales, and went."""
-    device, seen = CachingAllocator(), set[int]()
-    for module in model.modules():
+    each weight came whole, became codes and scales, and went.
+
+    Of a model with two layers or three, the second one stands for all that it lacks of ``depth``.
+    """
+    before: list[tuple[int, list[int]]] = []  # a weight's bytes as it came, and what stays of it
+    layers: dict[int, list[tuple[int, list[int]]]] = {}
+    after: list[tuple[int, list[int]]] = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        found = LAYER.search(f"{name}.")
+        rest = after if layers else before
+        steps = layers.setdefault(int(found[1]), []) if found else rest
         if isinstance(module, Linear4bit):
             seen.add(id(module.weight))
-            whole = device.allocate(module.in_features * module.out_features * dtype.itemsize)
-            for tensor in (module.weight, *_scales(module)):
-                if tensor is not None:
-                    device.allocate(tensor.nbytes)
-            device.free(whole)
+            kept = [t.nbytes for t in (module.weight, *_scales(module)) if t is not None]
+            steps.append((module.in_features * module.out_features * dtype.itemsize, kept))
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                device.allocate(parameter.nbytes)
+                steps.append((0, [parameter.nbytes]))
+    device = CachingAllocator()
+    ordered = [layers[i] for i in sorted(layers)]
+    if 1 < len(ordered) < depth:
+        ordered[1:2] = [ordered[1]] * (depth - len(ordered) + 1)
+    for steps in (before, *ordered, after):
+        for whole, kept in steps:
+            block = device.allocate(whole) if whole else None
+            for size in kept:
+                device.allocate(size)
+            if block is not None:
+                device.free(block)
     return device.reserved - device.allocated
+
+
+def _alike(config: Any) -> bool:
+    """Whether a decoder's layers are all of one kind, as far as its configuration tells."""
+    text = config.get_text_config()
+    values = vars(text)
+    mixed = [v for v in values.values() if isinstance(v, list) and len(v) == text.num_hidden_layers]
+    experts = any("experts" in name for name in values)
+    return not experts and all(len({str(one) for one in v}) == 1 for v in mixed)
 
 
 # --- buffers that no trace sees -----------------------------------------------------------------
@@ -295,28 +321,36 @@ def plan_memory(
     plan = MemoryPlan(limit=limit, limit_from=who)
     optimizer = optimizer or (torch.optim.AdamW, {})
 
-    def build(layers: int | None = None) -> Any:
-        part = config if layers is None else _with_layers(config, layers)
+    def build(layers: int) -> Any:
+        part = config if layers == depth else _with_layers(config, layers)
         return _meta_model(part, dtype, quant, lora, attention)
 
-    whole = build()
-    standing = _standing(whole)
-    # The largest weight as it comes from the file, and as it becomes fp32 to be quantized.
-    largest, packed = _largest_weight(whole), _largest_packed(whole)
-    holes = loading_holes(whole, dtype) if gpu else 0
-    del whole
     text = config.get_text_config()
     depth = text.num_hidden_layers
+    deep = build(min(depth, 3))
+    shallow = build(min(depth, 3) - 1) if depth > 1 else None
+    if depth > 3 and _alike(config):
+        more = _standing(shallow)
+        standing = {n: size + (depth - 3) * (size - more[n]) for n, size in _standing(deep).items()}
+        counted = deep
+    else:
+        counted = deep if depth <= 3 else build(depth)
+        standing = _standing(counted)
+    # The largest weight as it comes from the file, and as it becomes fp32 to be quantized.
+    largest, packed = _largest_weight(counted), _largest_packed(counted)
+    holes = loading_holes(counted, dtype, depth) if gpu else 0
+    if getattr(optimizer[0], "paged", False):  # its states are as many without a file for them
+        cls = type(optimizer[0].__name__, (optimizer[0],), {"paged": False})
+        tracing = (cls, optimizer[1])
+    else:
+        tracing = optimizer
     a_layer = 0
     try:
-        traces = [
-            trace_step(build(n), shape, checkpointing, accumulation > 1, optimizer, fused)
-            for n in ((3, 2) if depth > 3 else (depth, depth - 1) if depth > 1 else (depth,))
-        ]
-        trace = traces[0]
-        if depth > 1:
-            trace = trace.extended(traces[1], max(0, depth - 3))
-            a_layer = traces[0].saved - traces[1].saved
+        trace = trace_step(deep, shape, checkpointing, accumulation > 1, tracing, fused)
+        if shallow is not None:
+            less = trace_step(shallow, shape, checkpointing, accumulation > 1, tracing, fused)
+            a_layer = trace.saved - less.saved
+            trace = trace.extended(less, max(0, depth - 3))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         plan.notes.append(

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from .allocator import CachingAllocator
 
-__all__ = ["STRETCHES", "StepShape", "StepTrace", "trace_step"]
+__all__ = ["LAYER", "STRETCHES", "StepShape", "StepTrace", "trace_step"]
 
 STRETCHES = {
     "forward": "in the forward pass",
@@ -133,7 +133,8 @@ class _Live(TorchDispatchMode):
         return peak
 
 
-_LAYER = re.compile(r"\.(?:layers|h|blocks|layer)\.(\d+)\.")
+LAYER = re.compile(r"\.(?:layers|h|blocks|layer)\.(\d+)\.")
+"""A decoder layer's number in the name of what is inside of it."""
 
 
 def _when_layer_is_done(model: nn.Module, call: Callable[[int, int], None]) -> list[Any]:
@@ -141,7 +142,7 @@ def _when_layer_is_done(model: nn.Module, call: Callable[[int, int], None]) -> l
     hooks."""
     by_layer: dict[int, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        found = _LAYER.search(name)
+        found = LAYER.search(name)
         if found and parameter.requires_grad:
             by_layer.setdefault(int(found[1]), []).append(parameter)
     hooks = []
