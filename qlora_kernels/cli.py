@@ -33,6 +33,11 @@ GROUPS: dict[str, dict[str, Command]] = {
             "train LoRA adapters on a model in 4 bits",
             "qlora finetune --model_name_or_path ./SmolLM2 --dataset_name my.jsonl",
         ),
+        "plan": Command(
+            "qlora_kernels.planning.command",
+            "say what memory and time a finetune takes, before it is run",
+            "qlora plan 33b --device rtx3090",
+        ),
         "chat": Command(
             "qlora_kernels.chat",
             "talk with a model and an adapter in the terminal",
