@@ -1,4 +1,4 @@
-"""Reads records from JSONL, JSON and Parquet files, a folder of them, or a hub's data set.
+"""Reads records from JSONL, JSON (also compressed) and Parquet files, a folder, or the hub.
 
 Everything is read and checked before anything else happens, and each record keeps the place
 where it stands, so that whatever is wrong with it later can be said with file and line.
@@ -7,8 +7,10 @@ where it stands, so that whatever is wrong with it later can be said with file a
 from __future__ import annotations
 
 import difflib
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +35,12 @@ def read_records(source: str, limit: int | None = None) -> list[Record]:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in READERS)
+        files = sorted(p for p in path.iterdir() if _suffix(p) in READERS)
         if not files:
             raise DataError(f"{source} is a folder without {_kinds()} files")
     elif path.is_file():
         files = [path]
-    elif HUB_ID.fullmatch(source) and path.suffix.lower() not in READERS:
+    elif HUB_ID.fullmatch(source) and _suffix(path) not in READERS:
         return _read_hub(source, limit)
     else:
         raise DataError(f"{source} does not exist{_nearby(path)}")
@@ -54,7 +56,12 @@ def read_records(source: str, limit: int | None = None) -> list[Record]:
 
 
 def _kinds() -> str:
-    return ", ".join(READERS)
+    return ".jsonl, .ndjson, .json (each also .gz), .parquet"
+
+
+def _suffix(path: Path) -> str:
+    """How the name ends, as :data:`READERS` has it; of a compressed file both endings."""
+    return "".join(s.lower() for s in path.suffixes[-2 if path.suffix.lower() == ".gz" else -1 :])
 
 
 def _nearby(path: Path) -> str:
@@ -62,7 +69,7 @@ def _nearby(path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
         return f" (nor does the folder {parent})"
-    names = [p.name for p in parent.iterdir() if p.suffix.lower() in READERS]
+    names = [p.name for p in parent.iterdir() if _suffix(p) in READERS]
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {parent / close[0]}?"
@@ -73,7 +80,7 @@ def _nearby(path: Path) -> str:
 
 
 def _reader_of(path: Path) -> Callable[[Path], Iterator[Record]]:
-    suffix = path.suffix.lower()
+    suffix = _suffix(path)
     if suffix in READERS:
         return READERS[suffix]
     close = difflib.get_close_matches(suffix, READERS, n=1, cutoff=0.4)
@@ -86,6 +93,14 @@ def _reader_of(path: Path) -> Callable[[Path], Iterator[Record]]:
 
 def _read_text(path: Path) -> str:
     data = path.read_bytes()
+    if path.suffix.lower() == ".gz" and data:
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{path}: not a whole gzip file ({error}); it was copied only in part, or is of "
+                "another kind"
+            ) from None
     if not data.strip():
         raise DataError(f"{path} is empty")
     try:
@@ -258,3 +273,4 @@ READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
 }
+READERS |= {f"{kind}.gz": READERS[kind] for kind in (".jsonl", ".ndjson", ".json")}

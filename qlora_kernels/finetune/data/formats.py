@@ -4,6 +4,10 @@
     sharegpt           conversations: [{from, value}, ...], optional system
     prompt-completion  prompt, completion: two texts, or two lists of messages
     alpaca             instruction, optional input, output
+    flan               inputs, targets
+    hh-rlhf            chosen, rejected: the chosen one is learned
+    oasst-trees        message_tree_id, prompt with replies inside each other: a tree a record
+    oasst-messages     message_id, parent_id, role, text: a message a record
     text               text
 
 A format is recognised by its fields, in all records of the file. Other names are given as
@@ -13,10 +17,12 @@ A format is recognised by its fields, in all records of the file. Other names ar
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlora_kernels.finetune.data import oasst
 from qlora_kernels.finetune.data.files import Record
 from qlora_kernels.finetune.data.types import DataError
 
@@ -45,6 +51,10 @@ class Example:
         return any(m["role"] == "assistant" and m["content"].strip() for m in self.messages)
 
 
+Convert = Callable[[Record], Example]
+Gather = Callable[[Sequence[Record]], tuple[list[Example], list[str]]]
+
+
 @dataclass(frozen=True)
 class Format:
     """How the records of a format look, and how one becomes an example."""
@@ -52,7 +62,9 @@ class Format:
     name: str
     needs: tuple[str, ...]
     takes: tuple[str, ...]  # what may be there besides
-    convert: Callable[[Record], Example]
+    convert: Convert | None = None
+    gather: Gather | None = None
+    """In place of ``convert``: all records to examples and notes, where they are not one to one."""
 
 
 # --------------------------------------------------------------------------- fields
@@ -181,6 +193,49 @@ def _alpaca(record: Record) -> Example:
     return Example(record.where, _with_system(record, turns))
 
 
+def _flan(record: Record) -> Example:
+    turns = [
+        {"role": "user", "content": _text(record, "inputs")},
+        {"role": "assistant", "content": _text(record, "targets")},
+    ]
+    return Example(record.where, _with_system(record, turns))
+
+
+_HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+def _hh_rlhf(record: Record) -> Example:
+    """The chosen of two conversations; as one text with turns (HH-RLHF), or as messages."""
+    if not isinstance(record.fields["chosen"], str):
+        asked = record.fields.get("prompt")
+        before = _messages(record, "prompt") if isinstance(asked, (list, tuple)) else []
+        return Example(record.where, _with_system(record, before + _messages(record, "chosen")))
+    text = _text(record, "chosen")
+    before, *parts = _HH_TURN.split(text)
+    if not parts or before.strip() or parts[0] != "Human":
+        raise DataError(
+            f"{record.where}: 'chosen' does not begin with 'Human:'; expected turns as "
+            "'\\n\\nHuman: ...\\n\\nAssistant: ...' (for other forms give columns, as in "
+            "columns: {prompt: prompt, completion: chosen})"
+        )
+    messages: list[Message] = []
+    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+        role = ROLES[speaker.lower()]
+        if messages and messages[-1]["role"] == role:  # some speak twice in a row
+            messages[-1]["content"] += f"\n\n{said.strip()}"
+        else:
+            messages.append({"role": role, "content": said.strip()})
+    return Example(record.where, messages)
+
+
+def _oasst(read: Callable[..., tuple[list[Any], list[str]]]) -> Gather:
+    def gather(records: Sequence[Record]) -> tuple[list[Example], list[str]]:
+        found, notes = read(records)
+        return [Example(where, messages) for where, messages in found], notes
+
+    return gather
+
+
 def _plain_text(record: Record) -> Example:
     return Example(record.where, text=_text(record, "text"))
 
@@ -194,6 +249,20 @@ FORMATS = {
         Format("sharegpt", ("conversations",), ("system",), _chat("conversations")),
         Format("prompt-completion", ("prompt", "completion"), ("system",), _prompt_completion),
         Format("alpaca", ("instruction", "output"), ("input", "system"), _alpaca),
+        Format("flan", ("inputs", "targets"), ("system",), _flan),
+        Format("hh-rlhf", ("chosen", "rejected"), ("prompt", "system"), _hh_rlhf),
+        Format(
+            "oasst-trees",
+            ("message_tree_id", "prompt"),
+            (),
+            gather=_oasst(oasst.conversations_of_trees),
+        ),
+        Format(
+            "oasst-messages",
+            ("message_id", "role", "text"),
+            ("parent_id", "rank", "deleted"),
+            gather=_oasst(oasst.conversations_of_messages),
+        ),
         Format("text", ("text",), (), _plain_text),
     )
 }
@@ -236,7 +305,10 @@ def to_examples(
         chosen = FORMATS[format_name] if format_name else fits[0]
     else:
         chosen = FORMATS[format_name] if format_name else _recognise(records)
-    notes = []
+    notes: list[str] = []
+    if chosen.gather is not None:
+        examples, notes = chosen.gather(records)
+        return examples, chosen, notes
     for record in records:
         missing = [name for name in chosen.needs if name not in record.fields]
         if missing:
@@ -255,7 +327,16 @@ def to_examples(
             f"the fields of {', '.join(others)} are there too; {chosen.name} is used (name the "
             "format to choose)"
         )
+    assert chosen.convert is not None
     return [chosen.convert(record) for record in records], chosen, notes
+
+
+def takes_several(record: Record, format_name: str | None = None) -> bool:
+    """Whether an example takes more than one record like this, so that all have to be read."""
+    if format_name is not None:
+        known = FORMATS.get(format_name)
+        return known is not None and known.gather is not None
+    return next((f.gather is not None for f in FORMATS.values() if _has(record, f)), False)
 
 
 def _has(record: Record, fmt: Format) -> bool:

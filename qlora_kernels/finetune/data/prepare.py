@@ -12,7 +12,7 @@ import numpy as np
 from qlora_kernels.finetune.data.arrange import hold_out, pack
 from qlora_kernels.finetune.data.encode import Encoder
 from qlora_kernels.finetune.data.files import read_records
-from qlora_kernels.finetune.data.formats import Example, to_examples
+from qlora_kernels.finetune.data.formats import Example, takes_several, to_examples
 from qlora_kernels.finetune.data.types import (
     IGNORE,
     DataError,
@@ -88,10 +88,12 @@ def _read(source: str, options: DataOptions, report: DataReport) -> list[Example
         report.format = "questions and answers about the installed Python"
         return found[: options.limit]
     records = read_records(source, options.limit)
+    if options.limit is not None and takes_several(records[0], options.format):
+        records = read_records(source)  # of which a limited number of conversations is made
     found, chosen, notes = to_examples(records, options.format, options.columns)
     report.format = chosen.name
     report.notes += notes
-    return found
+    return found[: options.limit]
 
 
 def _load(source: str, options: DataOptions, encoder: Encoder, report: DataReport) -> list[_Keyed]:

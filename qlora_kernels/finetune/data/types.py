@@ -25,8 +25,9 @@ class DataOptions:
     """Everything that decides which tokens are trained, and in which order.
 
     Attributes:
-        source: a ``.jsonl``, ``.json`` or ``.parquet`` file, a folder of them, ``"python-docs"``,
-            or the id of a data set on the hub (``owner/name``, optionally ``owner/name:split``).
+        source: a ``.jsonl``, ``.json`` (also ``.gz``) or ``.parquet`` file, a folder of them,
+            ``"python-docs"``, or the id of a data set on the hub (``owner/name``, optionally
+            ``owner/name:split``).
         format: one of ``qlora_kernels.finetune.data.FORMATS``; ``None`` recognises it.
         columns: role -> column of the file, where the file has names of its own. Roles:
             ``text`` | ``prompt``, ``completion`` | ``instruction``, ``input``, ``output`` |

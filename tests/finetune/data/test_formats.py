@@ -215,3 +215,39 @@ def test_parquet_is_converted_as_json_lines_are(write):
     examples, found, _ = to_examples(read_records(source))
     assert found.name == "chat" and examples[1].messages == SAY
     assert examples[1].where.endswith("d.parquet row 2")
+
+
+# --- published forms of others --------------------------------------------------------------------
+
+
+def test_flan_has_inputs_and_targets(write):
+    rows = [{"inputs": "Translate: Hund", "targets": "dog", "task": "wmt", "template_type": "zs"}]
+    (example,), found, _ = to_examples(read_records(write("a.jsonl", rows)))
+    assert found.name == "flan"
+    assert example.messages == [
+        {"role": "user", "content": "Translate: Hund"},
+        {"role": "assistant", "content": "dog"},
+    ]
+
+
+def test_hh_rlhf_teaches_the_chosen_one(write):
+    asked = "\n\nHuman: Hello.\n\nHuman: Are you there?\n\nAssistant: Yes."
+    chosen = asked + "\n\nHuman: Good.\n\nAssistant: So it is."
+    rows = [{"chosen": chosen, "rejected": "\n\nHuman: Hello.\n\nAssistant: No."}]
+    (example,), found, _ = to_examples(read_records(write("a.jsonl", rows)))
+    assert found.name == "hh-rlhf"
+    assert [m["role"] for m in example.messages] == ["user", "assistant"] * 2
+    assert [m["content"] for m in example.messages] == [
+        "Hello.\n\nAre you there?", "Yes.", "Good.", "So it is."
+    ]  # fmt: skip
+    reply = [{"role": "assistant", "content": "c"}]
+    rows = [{"prompt": [{"role": "user", "content": "q"}], "chosen": reply, "rejected": reply}]
+    (example,), _, _ = to_examples(read_records(write("b.jsonl", rows)))
+    assert [m["content"] for m in example.messages] == ["q", "c"]
+
+
+@pytest.mark.parametrize("chosen", ["no turns", "\n\nAssistant: first", "x\n\nHuman: a", ""])
+def test_hh_rlhf_without_turns_is_an_error_with_its_place(write, chosen):
+    rows = [{"chosen": chosen, "rejected": "\n\nHuman: a\n\nAssistant: b"}]
+    with pytest.raises(DataError, match=r"a\.jsonl:1: 'chosen' does not begin with 'Human:'"):
+        to_examples(read_records(write("a.jsonl", rows)))
