@@ -132,13 +132,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _fingerprint(base: str, adapter: Path | None) -> str:
-    from ..finetune.trainer import _fingerprint_model
+    from ..finetune.model import fingerprint_model
     from ..integrations.transformers import _local_folder
 
     with bad_input("model"):
-        marks = [_fingerprint_model(_local_folder(base, None, None))]
+        marks = [fingerprint_model(_local_folder(base, None, None))]
         if adapter is not None:
-            marks.append(_fingerprint_model(adapter))
+            marks.append(fingerprint_model(adapter))
     return " ".join(marks)
 
 

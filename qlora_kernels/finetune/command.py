@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_USAGE = "qlora finetune [config.yaml] [--name value ...]"
+_USAGE = "qlora finetune [config.yaml] [--recipe name] [--name value ...]"
 
 _INTRO = """\
 Names are those of transformers' TrainingArguments, TRL's SFTConfig and PEFT's LoraConfig, in a YAML
@@ -14,10 +14,10 @@ A run that was interrupted goes on with the same command, to the bit."""
 
 # The names that most runs set, in the order in which one thinks of them.
 _COMMON = (
-    "model_name_or_path dataset_name output_dir max_steps num_train_epochs learning_rate "
-    "per_device_train_batch_size gradient_accumulation_steps max_length packing r lora_alpha "
-    "lora_dropout target_modules activation_checkpointing train_sampling_strategy eval_strategy "
-    "save_steps resume_from_checkpoint seed"
+    "recipe scale model_name_or_path dataset_name output_dir max_steps num_train_epochs "
+    "learning_rate per_device_train_batch_size gradient_accumulation_steps max_length packing r "
+    "lora_alpha lora_dropout target_modules activation_checkpointing train_sampling_strategy "
+    "eval_strategy save_steps resume_from_checkpoint seed"
 ).split()
 
 

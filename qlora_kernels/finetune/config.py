@@ -411,6 +411,8 @@ class FinetuneConfig:
     given: frozenset[str]
     """Names that the user set, translated."""
     notices: list[str] = field(default_factory=list)
+    recipe: str | None = None
+    """What the settings began with, as ``guanaco-7b, scale tiny``."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -512,7 +514,7 @@ class FinetuneConfig:
             "sft": f"SFTConfig of trl {version('trl')}",
             "lora": f"LoraConfig of peft {version('peft')}",
         }
-        blocks = []
+        blocks = [] if self.recipe is None else [f"# from the recipe {self.recipe}\n"]
         for section, title in titles.items():
             values = {k: v for k, v in self.section(section).items() if k != "hub_token"}
             dumped = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -542,21 +544,22 @@ def _as_field(name: str, value: Any) -> Any:
 
 def resolve(overrides: Mapping[str, Any], file: Mapping[str, Any] | None = None) -> FinetuneConfig:
     """The configuration that ``file`` (a YAML file's settings) and ``overrides`` (the command
-    line's, which win) make, with defaults for the rest.
+    line's, which win) make, with defaults for the rest; a recipe that they name lies under both.
 
     Raises:
         BadInput: an unknown name, a value of another type, settings that cannot be honoured or
             that contradict each other, or no model or data set.
     """
+    from ..recipes import lay_under
+
     notices: list[str] = []
     given: dict[str, Any] = {}
     for settings in (file or {}, overrides):
-        translated = _translate(settings, notices)
-        _join_parts(translated, notices)
-        given.update(translated)
+        given.update(_in_our_names(settings, notices))
+    recipe, given = lay_under(given, notices, _in_our_names)
 
     keys = known_keys()
-    values = {k: key.default for k, key in keys.items() if k not in REFUSED}
+    values = {k: key.default for k, key in keys.items() if k not in REFUSED and k not in _LAYERS}
     for name, value in given.items():
         if name in REFUSED:
             _check_refused(keys[name], value)
@@ -576,7 +579,20 @@ def resolve(overrides: Mapping[str, Any], file: Mapping[str, Any] | None = None)
         if not values[name]:
             raise BadInput(f"{name} is missing: {keys[name].help}")
     _check(values)
-    return FinetuneConfig(values, frozenset(given) - frozenset(REFUSED), _unique(notices))
+    if values["lr_scheduler_type"] == "constant" and given.get("warmup_steps"):
+        notices.append("warmup_steps does nothing under lr_scheduler_type constant; under "
+                       "constant_with_warmup it does")  # fmt: skip
+    return FinetuneConfig(values, frozenset(given) - frozenset(REFUSED), _unique(notices), recipe)
+
+
+# Names that stand for other settings, and are none of the run itself.
+_LAYERS = ("recipe", "scale")
+
+
+def _in_our_names(settings: Mapping[str, Any], notices: list[str]) -> dict[str, Any]:
+    translated = _translate(settings, notices)
+    _join_parts(translated, notices)
+    return translated
 
 
 def _check_refused(key: Key, value: Any) -> None:
@@ -658,7 +674,23 @@ def _check(values: Mapping[str, Any]) -> None:
         ]
         if wants:
             raise BadInput(f"{wants[0]} needs held-out samples, but eval_split is 0")
+    _check_mmlu(values)
     assert FORMATS  # the formats are registered on import
+
+
+def _check_mmlu(values: Mapping[str, Any]) -> None:
+    """Whether MMLU can be asked as it is wished; the files themselves are read by the run."""
+    values["mmlu_split"] = {"eval": "val"}.get(values["mmlu_split"], values["mmlu_split"])  # type: ignore[index]
+    if not values["do_mmlu_eval"]:
+        return
+    folder = values["mmlu_dataset"]
+    if not folder:
+        raise BadInput("do_mmlu_eval needs mmlu_dataset, the folder of MMLU's CSV files")
+    if folder in ("mmlu-fs", "mmlu-zs"):
+        raise BadInput(
+            f"mmlu_dataset is {folder!r}; here it is the folder of MMLU's CSV files, and "
+            "mmlu_shots (5 or 0) says which of the two is meant"
+        )
 
 
 def to_json(value: Any) -> str:

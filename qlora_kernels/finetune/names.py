@@ -25,6 +25,10 @@ def _opt(default: Any, help: str) -> Any:
 class Options:
     """This command's own names. ``help`` of each is what ``qlora finetune --help`` prints."""
 
+    recipe: str | None = _opt(None, "settings that belong together: guanaco-7b, or a YAML file")
+    scale: str | None = _opt(
+        None, "tiny runs the recipe small, on SmolLM2, and says what it scaled"
+    )
     model_name_or_path: str | None = _opt(None, "folder or hub id of the base model (required)")
     dataset_name: str | None = _opt(
         None, "JSONL or Parquet file, folder, hub id (owner/name:split) or python-docs (required)"
@@ -57,6 +61,12 @@ class Options:
     max_memory_mb: int | None = _opt(None, "memory that the plan may use; all there is if left out")
     force: bool = _opt(False, "go on although the memory plan says that it will not fit")
     overwrite: bool = _opt(False, "delete another run that is in output_dir")
+    do_mmlu_eval: bool = _opt(False, "measure MMLU before, at each evaluation and after")
+    mmlu_dataset: str | None = _opt(None, "folder of MMLU's CSV files: dev/, val/, test/")
+    mmlu_split: str = _opt("val", "of MMLU: val (eval is understood) or test")
+    mmlu_shots: int = _opt(5, "examples before each question of MMLU")
+    max_mmlu_samples: int | None = _opt(None, "questions of each subject; all if left out")
+    mmlu_source_max_len: int = _opt(2048, "tokens a prompt of MMLU may have")
 
 
 # Where this command differs from the installed defaults, with the reason. Everything else keeps
@@ -86,7 +96,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 _ONE_PROCESS = "one process on one device is trained here, and its checkpoints are exact on that"
-_LOSS_ALONE = "evaluation computes the loss on the held-out samples, token by token, and no more"
+_LOSS_ALONE = "evaluation computes the loss on the held-out samples, token by token (and MMLU)"
 _UPLOAD = "this command uploads nothing; `hf upload <repo> <output_dir>` does"
 _PEFT_SETS = "PEFT sets it by itself"
 _OWN_LOADER = "the data loader is this command's own"
@@ -249,15 +259,6 @@ def _loss_type(value: Any) -> Mapping[str, Any]:
     return {}
 
 
-def _mmlu(value: Any) -> Mapping[str, Any]:
-    if to_bool(value):
-        raise BadInput(
-            "do_mmlu_eval: this command measures the held-out loss and no benchmark; "
-            "take the flag away"
-        )
-    return {}
-
-
 def _full_finetune(value: Any) -> Mapping[str, Any]:
     if to_bool(value):
         raise BadInput(
@@ -353,11 +354,6 @@ TRANSLATED: dict[str, Translation] = {
     "full_finetune": Translation(_full_finetune, "false is how it always is here"),
     "cache_dir": _meaningless("set HF_HOME, which all tools that read the hub's cache obey"),
     "use_auth_token": _meaningless("log in once with `hf auth login`, or set HF_TOKEN"),
-    "do_mmlu_eval": Translation(_mmlu, "false is how it always is here"),
-    **{
-        name: _meaningless("this command runs no MMLU")
-        for name in ("mmlu_split", "mmlu_dataset", "max_mmlu_samples", "mmlu_source_max_len")
-    },
     **{name: _meaningless("generation belongs to `qlora chat`") for name in _GENERATION},
 }
 
@@ -372,7 +368,8 @@ FREE = frozenset(
     save_strategy save_steps save_total_limit save_on_each_node eval_strategy eval_steps eval_delay
     per_device_eval_batch_size dataloader_num_workers dataloader_pin_memory
     dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
-    torch_empty_cache_steps debug
+    torch_empty_cache_steps debug do_mmlu_eval mmlu_dataset mmlu_split mmlu_shots max_mmlu_samples
+    mmlu_source_max_len
     """.split()
 )
 # ... unless one of these makes training look at evaluations or at which checkpoints there are.
@@ -411,5 +408,8 @@ CALLED: dict[str, str] = {
     "lora_target_linear": "target_modules",
     "val_set_size": "eval_split",
     "resume": "resume_from_checkpoint",
+    "preset": "recipe",
+    "mmlu": "do_mmlu_eval",
+    "mmlu_path": "mmlu_dataset",
     "block_size": "blocksize",
 }

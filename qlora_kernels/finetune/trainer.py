@@ -13,6 +13,7 @@ The folder of a run::
     checkpoint-<step>/   complete or absent
     adapter_model.safetensors, adapter_config.json, tokenizer: the result, in PEFT's format
     curves.png, figures.json
+    mmlu.json            what do_mmlu_eval measured
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ from .data import (
     preview,
 )
 from .errors import BadInput, Interrupted, RunError, bad_input
-from .model import load_tokenizer
+from .model import fingerprint_model, load_tokenizer
 from .plan import (
     MemoryPlan,
     StepShape,
@@ -425,23 +426,7 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 # --- what a run depends on ----------------------------------------------------------------------
 
-
-def _fingerprint_model(folder: Path) -> str:
-    """A digest of the configuration, of every weight file's size and header, and of a thousand
-    samples of its contents: reading all of a large model would take longer than loading it."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".json" and "token" not in path.name:
-            digest.update(path.name.encode() + path.read_bytes())
-        elif path.suffix == ".safetensors":
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(1 << 20))
-                for position in range(0, size, max(4096, size // 1000)):
-                    file.seek(position)
-                    digest.update(file.read(4096))
-    return digest.hexdigest()
+_fingerprint_model = fingerprint_model
 
 
 def _processor() -> str:
@@ -506,6 +491,7 @@ _OURS = (
     "adapter_model.safetensors",
     "adapter_config.json",
     "trained_besides.safetensors",
+    "mmlu.json",
 )
 
 
@@ -683,6 +669,7 @@ class _Run:
         self.args = config.training_args()
         self.lora = config.lora_config()
         self.say = console.print
+        self.mmlu: Any = None  # the callback, with do_mmlu_eval
 
     def note(self, text: str) -> None:
         self.say(f"[dim]note:[/] {escape(text)}")
@@ -725,7 +712,13 @@ class _Run:
             history = []
         self._begin_log(trainer, history)
 
+        if self.mmlu is not None:
+            if before is not None:
+                self.mmlu.take_up(0 if resume.path is None else resume_step)
+            trainer.add_callback(self.mmlu)
         figures = self._evaluate_before(trainer, figures)
+        if self.mmlu is not None and resume.path is None:
+            self.mmlu.measure(trainer.model, 0)
         self._train(trainer, resume)
         return self._finish(trainer, figures, plan)
 
@@ -811,15 +804,41 @@ class _Run:
             )
         if config.eval_strategy != "no" and not len(self.data.eval):
             raise BadInput("eval_strategy needs held-out samples, and there are none")
+        if config.do_mmlu_eval:
+            self._prepare_mmlu()
         self.say("\n[bold]one sample[/] (what is trained is in colour)")
         self.say(preview(self.data.train[0], self.tokenizer))
         self.say()
+
+    def _prepare_mmlu(self) -> None:
+        from ..evaluate.mmlu_callback import MmluCallback
+        from ..evaluate.mmlu_data import read_mmlu
+
+        config = self.config
+        data = read_mmlu(
+            config.mmlu_dataset,
+            config.mmlu_split,
+            config.mmlu_shots,
+            limit=config.max_mmlu_samples,
+        )
+        self.say(
+            f"MMLU: {len(data):,} questions of {len(data.subjects)} subjects, split {data.split}, "
+            f"{data.shots}-shot"
+        )
+        self.mmlu = MmluCallback(
+            data,
+            self.tokenizer,
+            self.folder / "mmlu.json",
+            self.args.per_device_eval_batch_size,
+            config.mmlu_source_max_len,
+            self.say,
+        )
 
     def _identify(self, resume: _Resume, before: Mapping[str, Any] | None) -> dict[str, Any]:
         """This run's identity; compares it with that of before."""
         identity = {
             "settings": self.config.decisive,
-            "model": _fingerprint_model(self.model_folder),
+            "model": fingerprint_model(self.model_folder),
             "data": self.data.fingerprint,
             "machine": describe_machine(self.args.device),
         }
@@ -1061,6 +1080,10 @@ class _Run:
             figures["eval_loss_after"] = loss
             if not evaluations or evaluations[-1]["step"] != trainer.state.global_step:
                 evaluations.append({"step": trainer.state.global_step, "loss": loss})
+        if self.mmlu is not None:
+            if not self.args.load_best_model_at_end:  # else the best step has been asked already
+                self.mmlu.measure(trainer.model, trainer.state.global_step)
+            figures["mmlu"] = self.mmlu.result()
         measured = peak_memory(self.args.device)
         quantized = [m for m in trainer.model.modules() if isinstance(m, Linear4bit)]
         weights = sum(m.in_features * m.out_features for m in quantized)

@@ -147,7 +147,7 @@ def test_what_translates_into_nothing_here_is_refused(given):
     assert next(iter(given)) in refusal(**given) or "8-bit" in refusal(**given)
 
 
-@pytest.mark.parametrize("name", ["mmlu_split", "temperature", "tokenizer_name", "cache_dir"])
+@pytest.mark.parametrize("name", ["num_beams", "temperature", "tokenizer_name", "cache_dir"])
 def test_a_name_without_meaning_is_explained(name):
     config = resolved(**{name: 1})
     assert any(notice.startswith(name) for notice in config.notices)
