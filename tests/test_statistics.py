@@ -75,6 +75,8 @@ def test_a_difference_as_large_as_detectable_is_found_as_often_as_said() -> None
 
 def test_detectable_difference_of_three_seeds() -> None:
     assert S.detectable_difference([-1.0, 0.0, 1.0]) * 3**0.5 == pytest.approx(5.66, abs=0.35)
+    # Two differences: t(0.975, 1) is 12.7, and a power of 0.8 takes more than that.
+    assert 12.7 < S.detectable_difference([0.0, 2.0]) < 20
     assert S.detectable_difference([0.5, 0.5]) == 0.0
     assert math.isinf(S.detectable_difference([0.5]))
 
