@@ -75,7 +75,13 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
     },
     "serving": {},
-    "research": {},
+    "research": {
+        "formats": Command(
+            "qlora_kernels.laboratory.command",
+            "compare number formats: error, perplexity, what a finetune wins back",
+            "qlora formats --model smollm2 --formats nf4,int4,mine.json",
+        ),
+    },
     "kernels": {
         "kernels": Command(
             "qlora_kernels.kernels",
