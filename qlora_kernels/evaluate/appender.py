@@ -77,6 +77,11 @@ class Appender:
         """Whether it holds no line yet."""
         return os.fstat(self._file.fileno()).st_size == 0
 
+    def clear(self) -> None:
+        """Takes everything out."""
+        self._file.truncate(0)
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the file and gives it free."""
         self._file.close()

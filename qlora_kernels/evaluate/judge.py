@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace) -> int:
         spent: list[Answer] = []
         end: RunError | None = None
         try:
-            with _progress(len(open_)) as advance:
+            with progress(len(open_)) as advance:
 
                 def done(index: int, answer: Answer | CallFailed) -> None:
                     advance()
@@ -316,7 +316,7 @@ def _confirm(arguments: argparse.Namespace) -> None:
         raise BadInput("not started")
 
 
-class _progress:
+class progress:
     """A bar on a terminal; nothing elsewhere. Gives a function to call for each step."""
 
     def __init__(self, total: int) -> None:
