@@ -55,6 +55,12 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
     },
     "judging": {
+        "generate": Command(
+            "qlora_kernels.evaluate.generate",
+            "have models reply to a list of questions",
+            "qlora generate --model mine=adapter=qlora-out --questions q.jsonl --output r.jsonl",
+            "judge",
+        ),
         "judge": Command(
             "qlora_kernels.evaluate.judge",
             "have a model judge replies, beside a baseline and in pairs",
