@@ -79,6 +79,12 @@ GROUPS: dict[str, dict[str, Command]] = {
             "qlora mmlu --adapter qlora-out --data mmlu --split val",
             "judge",
         ),
+        "harness": Command(
+            "qlora_kernels.evaluate.harness",
+            "run any task of lm-evaluation-harness",
+            "qlora harness --model_args adapter=qlora-out --tasks crows_pairs_english",
+            "harness",
+        ),
     },
     "serving": {},
     "research": {
@@ -93,6 +99,11 @@ GROUPS: dict[str, dict[str, Command]] = {
             "qlora_kernels.kernels",
             "say which CUDA kernel a layer gets on a device, and why",
             "qlora kernels --device h100 -M 16 -N 11008 -K 4096",
+        ),
+        "doctor": Command(
+            "qlora_kernels.doctor",
+            "say what this machine can do, what is missing and how to get it",
+            "qlora doctor",
         ),
         "tune": Command(
             "qlora_kernels.tune",
