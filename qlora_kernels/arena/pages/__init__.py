@@ -1,0 +1,1 @@
+"""The arena's page: plain HTML, CSS and JavaScript, as the server hands them out."""
