@@ -73,6 +73,12 @@ GROUPS: dict[str, dict[str, Command]] = {
             "qlora elo judgments.jsonl --plot ladder.png",
             "judge",
         ),
+        "arena": Command(
+            "qlora_kernels.arena.command",
+            "have people judge replies in the browser, without names",
+            "qlora arena --replies replies.jsonl --votes votes.sqlite",
+            "serve",
+        ),
         "mmlu": Command(
             "qlora_kernels.evaluate.mmlu",
             "measure knowledge by multiple choice questions",
@@ -86,7 +92,14 @@ GROUPS: dict[str, dict[str, Command]] = {
             "harness",
         ),
     },
-    "serving": {},
+    "serving": {
+        "serve": Command(
+            "qlora_kernels.serve.command",
+            "serve a model and adapters: OpenAI's API and a chat page",
+            "qlora serve --model ./SmolLM2 --adapter mine=qlora-out",
+            "serve",
+        ),
+    },
     "research": {
         "formats": Command(
             "qlora_kernels.laboratory.command",
