@@ -22,66 +22,26 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import cuda_common
 import cuda_decode
 import cuda_gemm
 import harness
-from cuda_common import BITS, SHAPES, Bar
+from cuda_common import SHAPES, Bar
 from cuda_gemm import FORWARD, INPUT_GRAD
 
 from qlora_kernels import cuda
+from qlora_kernels.bench import gpu_model
+from qlora_kernels.bench.gpu_model import Line
 from qlora_kernels.emulator.devices import Device, get_device
-from qlora_kernels.emulator.model import Work, model, occupancy
+from qlora_kernels.emulator.model import model
 
 DEVICES = ("a100", "h100", "rtx4090", "a6000")  # an H200's SM is an H100's
 RANKED_SHAPES = ("7B q k v o", "7B gate up", "7B down", "70B gate up")
 ROWS = (64, 128, 192, 256, 384, 512, 1024, 2048, 4096)  # fewer are decode's, if asked for
 SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32)
 PASSES = {FORWARD: "forward", INPUT_GRAD: "dX"}
-FOLLOWS = 0.45  # of a launch's cost, for a launch behind another one in a graph
-
-
-@dataclass
-class Line:
-    """The work of a kernel's block (or of its whole grid, for sums) as a line over some length."""
-
-    at: float
-    value: Work
-    slope: Work  # a unit of length; what no length changes is in `value`
-
-    def work(self, length: float, blocks: int) -> Work:
-        """Of that many blocks, each of that length."""
-        d = length - self.at
-
-        def mix(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
-            return {key: max(0.0, v + d * b.get(key, 0.0)) for key, v in a.items()}
-
-        a, b = self.value, self.slope
-        one = replace(
-            a, pipes=mix(a.pipes, b.pipes), tensor=mix(a.tensor, b.tensor),
-            l2_bytes=a.l2_bytes + d * b.l2_bytes, wavefronts=a.wavefronts + d * b.wavefronts,
-            l1_cycles=a.l1_cycles + d * b.l1_cycles, cycles=a.cycles + d * b.cycles,
-        )  # fmt: skip
-        return one.scaled(blocks)
-
-
-def line(short: Work, long: Work, at: float, until: float) -> Line:
-    """Through the work of one block at two lengths."""
-    a, b = (w.scaled(1) for w in (short, long))
-    span = until - at
-
-    def rise(x: dict[str, float], y: dict[str, float]) -> dict[str, float]:
-        return {key: (y.get(key, 0.0) - v) / span for key, v in x.items()}
-
-    slope = replace(
-        a, pipes=rise(a.pipes, b.pipes), tensor=rise(a.tensor, b.tensor),
-        l2_bytes=(b.l2_bytes - a.l2_bytes) / span, wavefronts=(b.wavefronts - a.wavefronts) / span,
-        l1_cycles=(b.l1_cycles - a.l1_cycles) / span, cycles=(b.cycles - a.cycles) / span,
-    )  # fmt: skip
-    return Line(at, a, slope)
 
 
 class Gemm:
@@ -107,7 +67,7 @@ class Gemm:
             for steps in (self.SHORT, self.LONG):
                 n, k = (tn, steps * tk) if pass_ == FORWARD else (steps * tn, tk)
                 works.append(cuda_gemm.call(self.device.key, pass_, tm, n, k, tile, 1).gemm.work)
-            return line(*works, self.SHORT, self.LONG)
+            return Line.through(*works, self.SHORT, self.LONG)
 
         if (pass_, tile) not in self.lines:
             question = ("line", self.device.key, pass_, tile, self.SHORT, self.LONG)
@@ -124,7 +84,7 @@ class Gemm:
             for splits in (2, 8):
                 c = cuda_gemm.call(self.device.key, FORWARD, 16, 1024, 2048, tile, splits)
                 works.append(next(k.work for k in c.kernels if "sum_splits" in k.name))
-            return line(*works, 2, 8)
+            return Line.through(*works, 2, 8)
 
         if self.sums is None:
             kernels = cuda_gemm.library(FORWARD)
@@ -133,31 +93,11 @@ class Gemm:
 
     def seconds(self, pass_: int, m: int, n: int, k: int, tile: tuple[int, ...], splits: int):
         """(seconds, what bounds it)."""
-        gpu = self.device
-        tm, tn, tk = tile[:3]
-        ins, outs, width, step = (k, n, tn, tk) if pass_ == FORWARD else (n, k, tk, tn)
-        tiles = math.ceil(m / tm) * math.ceil(outs / width)
-        steps = math.ceil(ins / step) / splits
-        work = self.line(pass_, tile).work(steps, tiles * splits)
-        partial = splits * m * outs * 4.0 if splits > 1 else 0.0
-        spilled = partial if partial > gpu.l2_bytes / 2 else 0.0
-        # Rows are the grid's fastest index: x passes once, or, where L2 does not hold it beside the
-        # weights, once for each of the columns of tiles that run at a time.
-        x = m * ins * 2.0
-        at_once = occupancy(gpu, work.threads, work.registers, work.shared, work.barriers).blocks
-        columns = max(1, at_once * gpu.sms // math.ceil(m / tm))
-        passes = math.ceil(math.ceil(outs / width) * splits / columns)
-        work.dram_read = n * k * BITS[True] / 8 + x * (passes if x > 0.75 * gpu.l2_bytes else 1)
-        work.dram_write = spilled if splits > 1 else m * outs * 2.0
-        found = model(work, gpu)
-        seconds = found.time
-        if splits > 1:
-            blocks = math.ceil(m * outs / 1024)
-            after = self.sum_line().work(splits, blocks)
-            after.l2_bytes = partial + m * outs * 2.0
-            after.dram_read, after.dram_write = spilled, m * outs * 2.0
-            seconds += model(after, gpu, launch=FOLLOWS).time
-        return seconds, found.bottleneck
+        found = gpu_model.gemm(
+            self.device, pass_ == INPUT_GRAD, m, n, k, tile, splits, self.line(pass_, tile),
+            self.sum_line() if splits > 1 else None,
+        )  # fmt: skip
+        return found.seconds, found.bound
 
 
 def print_tiles(device: str) -> None:

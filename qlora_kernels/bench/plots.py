@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["roofline"]
+__all__ = ["roofline", "sweep"]
 
 
 def roofline(
@@ -56,6 +56,46 @@ def roofline(
              ylabel="GFLOP/s", title=title)  # fmt: skip
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    print(f"drew {path}")
+
+
+def sweep(
+    path: Path,
+    lines: Sequence[tuple[str, Sequence[tuple[int, float, float, float]]]],
+    limit: Sequence[tuple[int, float]],
+    title: str,
+) -> None:
+    """Draws time over rows M, a line a contender with its band, above what the machine allows.
+
+    Args:
+        lines: ``(contender, [(M, seconds, low, high), ...])``.
+        limit: ``(M, seconds)``.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    markers = iter("osD^vP*Xh<>" * 2)
+    for name, points in lines:
+        rows = [p[0] for p in points]
+        (drawn,) = axes.plot(rows, [1e3 * p[1] for p in points], marker=next(markers), ms=5, lw=1.2,
+                             label=name)  # fmt: skip
+        axes.fill_between(rows, [1e3 * p[2] for p in points], [1e3 * p[3] for p in points],
+                          alpha=0.2, color=drawn.get_color())  # fmt: skip
+    if limit:
+        axes.plot([m for m, _ in limit], [1e3 * s for _, s in limit], "k--", lw=1, label="limit")
+    axes.set(xscale="log", yscale="log", xlabel="rows M", ylabel="ms a call (p10 to p90)",
+             title=title)  # fmt: skip
+    ticks = sorted({m for _, points in lines for m, *_ in points})
+    axes.set_xticks(ticks, [str(m) for m in ticks], fontsize=8)
+    axes.minorticks_off()
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -20,6 +20,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -43,11 +44,14 @@ class Contender:
         name: how the table calls it.
         run: one call; its argument counts calls and picks the copy of the weights.
         check: what is wrong with a result, or None. Called once, before anything is timed.
+        around: a context in which it runs (a backend that is switched on), entered outside of what
+            is timed.
     """
 
     name: str
     run: Callable[[int], Any]
     check: Callable[[Any], str | None] | None = None
+    around: Callable[[], AbstractContextManager] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -161,10 +165,11 @@ def race(
     for c in contenders:
         start = time.perf_counter()
         try:
-            result = c.run(0)
-            wait()
-            once = time.perf_counter() - start
-            wrong = c.check(result) if check and c.check is not None else None
+            with c.around():
+                result = c.run(0)
+                wait()
+                once = time.perf_counter() - start
+                wrong = c.check(result) if check and c.check is not None else None
         except Exception as error:
             wrong = f"{type(error).__name__}: {error}"
         if wrong:
@@ -172,7 +177,8 @@ def race(
             continue
         del result
         if once < 1.0:  # the first call pays for much that later ones do not
-            once = _timed(c.run, 1, 1, wait).wall
+            with c.around():
+                once = _timed(c.run, 1, 1, wait).wall
         running.append((c, max(1, math.ceil(turn / once)) if once else 1))
         counts[c.name], found.samples[c.name] = 2, []
     if not running:
@@ -181,10 +187,11 @@ def race(
     done = 0
     while done < most:
         for c, calls in running:
-            if not cold:
-                c.run(counts[c.name])
-                wait()
-            found.samples[c.name].append(_timed(c.run, counts[c.name] + 1, calls, wait))
+            with c.around():
+                if not cold:
+                    c.run(counts[c.name])
+                    wait()
+                found.samples[c.name].append(_timed(c.run, counts[c.name] + 1, calls, wait))
             counts[c.name] += calls + 1
         done += 1
         spent = time.perf_counter() - begun
