@@ -123,6 +123,12 @@ GROUPS: dict[str, dict[str, Command]] = {
             "measure the CUDA kernels on the GPU here and keep the quickest",
             "qlora tune --shapes 11008x4096",
         ),
+        "bench": Command(
+            "qlora_kernels.bench.command",
+            "measure the kernels beside their peers and the machine's limits; compare two runs",
+            "qlora bench --shapes 7b.q",
+            "bench",
+        ),
     },
 }
 COMMANDS: dict[str, Command] = {
