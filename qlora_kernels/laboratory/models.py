@@ -41,9 +41,10 @@ def model_folder(name: str, cache: Path, say: Any = print) -> Path:
     from ..integrations.transformers import _local_folder
 
     path = Path(name).expanduser()
-    if name == SMOLLM2 and not path.is_dir():
+    is_model = (path / "config.json").is_file()  # a folder called as one of ours, results say
+    if name == SMOLLM2 and not is_model:
         return converted_model(None, say)
-    if name == SELF_TRAINED and not path.is_dir():
+    if name == SELF_TRAINED and not is_model:
         return self_trained(cache / SELF_TRAINED, say=say)
     if not path.exists() and "/" not in name:
         beside = [p.name for p in Path().iterdir() if p.is_dir()]

@@ -146,6 +146,12 @@ def test_a_folder_beside_is_suggested(tmp_path, trained) -> None:
         model_folder(str(tmp_path / "lama-tiny"), tmp_path)
 
 
+def test_a_folder_of_results_does_not_hide_a_name(tmp_path, trained, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "self-trained").mkdir()
+    assert model_folder("self-trained", trained.parent) == trained
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [("no-such.txt", "no file"), ("short.txt", "lower --windows"), ("latin.txt", "not UTF-8")],
