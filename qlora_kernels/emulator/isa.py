@@ -466,13 +466,27 @@ class Emitter:
             return name + "." + kind
         return name + (".ftz" if ftz else "") + (".sat" if sat else "") + "." + kind
 
+    def widened(self, kind: str) -> tuple[str, Callable[[Any], Source]]:
+        """add, sub and fma of mixed precision, ``.f32.f16`` and ``.f32.bf16`` (sm_100 on): all but
+        the last source are converted, exactly, and the rest is f32's. The type that is computed
+        in, and what reads such a source."""
+        if kind not in ("f16", "bf16") or not self.mods or self.mods[-1] != "f32":
+            return kind, lambda x: self.src(x, kind)
+
+        def read(x: Any) -> Source:
+            wide = self.temporary(32)
+            self.alu(f"cvt.f32.{kind}", wide, self.src(x, kind))
+            return wide
+
+        return self.type(), read
+
     def binary(self, base: str) -> None:
-        kind = self.type()
+        kind, first = self.widened(self.type())
         d, a, b = self.need(3)
         if kind[0] == "f" or kind.startswith("bf"):
             name = self.float_name(base, kind)
             imm = 16 if kind == "f32x2" and self.has("ftz") else 0
-            self.alu(name, self.dst(d, kind), self.src(a, kind), self.src(b, kind), imm=imm)
+            self.alu(name, self.dst(d, kind), first(a), self.src(b, kind), imm=imm)
             return
         if self.take("cc"):
             self.carry(kind, 2 | (4 if base == "sub" else 0))
@@ -586,15 +600,15 @@ class Emitter:
         self.alu("add.u32", self.dst(d, kind), t, self.src(c, kind))
 
     def do_fma(self) -> None:
-        kind = self.type()
+        kind, factor = self.widened(self.type())
         d, a, b, c = self.need(4)
         name = self.float_name("fma", kind)
         imm = 16 if kind == "f32x2" and self.has("ftz") else 0
         self.alu(
             name,
             self.dst(d, kind),
-            self.src(a, kind),
-            self.src(b, kind),
+            factor(a),
+            factor(b),
             self.src(c, kind),
             imm=imm,
         )

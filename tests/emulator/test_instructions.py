@@ -677,6 +677,21 @@ def test_every_half_to_float(frm: str, dtype: type, to: str) -> None:
     assert np.isnan(got.view(f)[nan]).all()
 
 
+@pytest.mark.parametrize("frm,dtype", [("f16", np.float16), ("bf16", ml_dtypes.bfloat16)])
+@pytest.mark.parametrize("op", ["add", "add.rz", "sub.rn", "fma.rn", "fma.rm"])
+def test_mixed_precision_is_f32s_on_what_was_converted(op: str, frm: str, dtype: type) -> None:
+    narrow = [frm] * (2 if op.startswith("fma") else 1)
+    arrays = inputs([*narrow, "f32"], 1024)
+    words = ", ".join("{" + x + "}" for x in "dabc"[: len(arrays) + 1])
+    mixed = f"{op}.f32.{frm} {words};"
+    got = run_elementwise(mixed, "f32", [*narrow, "f32"], arrays, "sm_100a")
+    wide = [a.view(dtype).astype(np.float32).view(np.uint32) for a in arrays[:-1]]
+    want = run_elementwise(f"{op}.f32 {words};", "f32", ["f32"] * len(arrays), [*wide, arrays[-1]])
+    nan = np.isnan(want.view(np.float32))
+    assert np.array_equal(got[~nan], want[~nan]) and np.isnan(got.view(np.float32)[nan]).all()
+    assert 0 < nan.sum() < 512
+
+
 @pytest.mark.parametrize(
     "name,dtype", [("e4m3x2", ml_dtypes.float8_e4m3fn), ("e5m2x2", ml_dtypes.float8_e5m2)]
 )
