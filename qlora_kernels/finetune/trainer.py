@@ -49,6 +49,7 @@ from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from .. import cpu
 from ..activations import fuse, recompute
+from ..integrations import optimizers
 from ..nn import Linear4bit
 from .checkpoint import (
     CheckpointStore,
@@ -137,6 +138,12 @@ class QLoraTrainer(Trainer):
         store: where checkpoints go; None keeps none.
         identity: what goes into each checkpoint to tell runs apart.
     """
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        """As Trainer's; paged and 8-bit optimizers are this package's, never bitsandbytes'."""
+        with optimizers.ours():
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def __init__(
         self,
@@ -872,7 +879,7 @@ class _Run:
         if config.quant_type != "none":
             names = ("quant_type", "blocksize", "double_quant", "skip_modules")
             quant = {name: getattr(config, name) for name in names}
-        optimizer = Trainer.get_optimizer_cls_and_kwargs(args, None)
+        optimizer = QLoraTrainer.get_optimizer_cls_and_kwargs(args, None)
         if config.max_memory_mb is not None:
             limit: tuple[int | None, str] = (config.max_memory_mb * 10**6, "max_memory_mb")
         else:

@@ -1,19 +1,23 @@
 """Trainer's ``optim="paged_adamw_8bit"`` and its kin: our optimizers behind those names.
 
 transformers gets them from bitsandbytes. Here they are this package's where bitsandbytes is not
-installed, and where ``qlora_kernels.enable()`` has taken over; else bitsandbytes', as before.
+installed, where ``qlora_kernels.enable()`` has taken over, and inside ``ours()``; else
+bitsandbytes', as before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from transformers import trainer_optimizer
 
 from .. import optim, takeover
 
-__all__ = ["OURS", "install"]
+__all__ = ["OURS", "install", "ours"]
 
 OURS: dict[str, type[optim.AdamW]] = {
     "adamw_bnb_8bit": optim.AdamW8bit,
@@ -25,8 +29,21 @@ OURS: dict[str, type[optim.AdamW]] = {
 """By Trainer's names; ``paged_adamw`` is understood wherever transformers knows it."""
 
 
+_asked: ContextVar[bool] = ContextVar("ours", default=False)
+
+
+@contextlib.contextmanager
+def ours() -> Iterator[None]:
+    """What Trainer is asked for by name inside is this package's, whatever else is installed."""
+    token = _asked.set(True)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
 def _takes_over() -> bool:
-    return takeover.enabled() or importlib.util.find_spec("bitsandbytes") is None
+    return _asked.get() or takeover.enabled() or importlib.util.find_spec("bitsandbytes") is None
 
 
 def install() -> None:

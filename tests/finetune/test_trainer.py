@@ -244,6 +244,36 @@ def test_a_loss_that_is_no_number_at_once(train, monkeypatch):
         train()
 
 
+# --- optimizers by name -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["paged_adamw_32bit", pytest.param("paged_adamw_8bit", marks=pytest.mark.full)]
+)
+def test_a_paged_optimizer_is_ours_and_resumes_to_the_bit(train, monkeypatch, name):
+    """Whether bitsandbytes is installed or not."""
+    from qlora_kernels.integrations.optimizers import OURS
+
+    settings = {"max_steps": 4, "save_steps": 2, "optim": name}
+    straight = train("straight", **settings)
+    found = []
+
+    def stop(self, *args, **kwargs):
+        found.append(type(self.optimizer.optimizer))
+        if self.state.global_step == 3:
+            raise ArithmeticError("stopped here")
+        return end_step(self, *args, **kwargs)
+
+    end_step = trainer.QLoraTrainer.end_step
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.QLoraTrainer, "end_step", stop)
+        with pytest.raises(ArithmeticError, match="stopped here"):
+            train(**settings)
+    assert set(found) == {OURS[name]}
+    again = train(**settings)
+    assert "checkpoint-2" in again.text and again.losses == straight.losses
+
+
 # --- a full disk --------------------------------------------------------------------------------
 
 
@@ -477,7 +507,7 @@ def test_killed_at_the_first_files_of_a_run(train, monkeypatch, name):
     def killed(path, write):
         real(path, write)
         if path.name == name:
-            raise KeyboardInterrupt
+            raise ArithmeticError("stopped here")
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "replace_file", killed)
