@@ -361,7 +361,7 @@ def plan_memory(
         guess = dict.fromkeys(STRETCHES, trained) | {"update": 3 * trained}
         trace = StepTrace(guess, 0, trained, 2 * trained, 0)
     held = {"program and libraries" if gpu is None else "the GPU's context": program, **standing}
-    inside = {"the loss, a tile of logits": _inside_loss(shape, text.hidden_size)}
+    inside: dict[str, int] = {}
     if gpu is not None:
         inside["workspace"] = _workspace(packed, dtype, gpu)
         inside["holes of the allocator"] = holes + max(0, trace.reserved - trace.peak)
@@ -369,6 +369,9 @@ def plan_memory(
         phase: {**parts, **inside}
         for phase, parts in _compositions(held, trace, a_layer, depth).items()
     }
+    # The loss has its gradient ready at the end of the forward pass, and needs no buffer after it.
+    loss = {"the loss, a tile of logits": _inside_loss(shape, text.hidden_size)}
+    plan.compositions[STRETCHES["forward"]].update(loss)
     plan.phases = {phase: sum(parts.values()) for phase, parts in plan.compositions.items()}
     plan.parts = plan.compositions[plan.when]
     loading = {"a weight while it is quantized": 2 * 4 * largest}
