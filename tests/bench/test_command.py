@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,6 +282,21 @@ def test_counts_are_of_every_named_layer():
     for device in ("a100", "h100", "h200", "rtx4090"):
         for layer in shapes.layers(list(shapes.LLAMA)):
             assert (get_device(device).key, layer.n, layer.k) in have, (device, layer)
+
+
+def test_counts_give_the_rankings_times():
+    """A layer's GEMM from its line of counts: what cuda_dispatch.py found by the emulator."""
+    results_file = Path(__file__).parents[2] / "benchmarks" / "results" / "cuda_dispatch.json"
+    cases = json.loads(results_file.read_text())["cases"]
+    found = 0
+    for c in cases:
+        if c["device"] == "a6000" or c["chosen"]["route"] != "gemm":
+            continue  # an A6000's architecture is not among the counts
+        backward = c["pass"] == "dX"
+        time = gpu_model.linear(c["device"], c["m"], c["n"], c["k"], backward=backward)
+        assert 1e6 * time.seconds == pytest.approx(c["chosen"]["us"], rel=0.01), c
+        found += 1
+    assert found > 100
 
 
 # --- names and bad input ------------------------------------------------------------------------
