@@ -1,6 +1,7 @@
 # From a bare clone: `make demo` or `make test`. Both set everything up first, once.
 #
 #   make demo           finetune a real model in 4 bits and compare it with before
+#   make guanaco        a recipe, rivals, a judge, a ladder, probes, a blind test, one report
 #   make test           lint, types, the sanitizer's share and the quick tests (what CI runs)
 #   make test-full      the full test matrix
 #   make test-sanitize  the CPU kernels' tests under ASan and UBSan
@@ -66,6 +67,11 @@ build: $(VENV)/package.stamp
 .PHONY: demo bench
 demo: build
 	@$(VENV)/bin/qlora demo $(DEMO_ARGS)
+
+# In the development environment: it judges, serves and plots.
+.PHONY: guanaco
+guanaco: setup build
+	@$(VENV)/bin/qlora guanaco $(GUANACO_ARGS)
 
 bench: setup build
 	@failed=; for script in $(BENCHMARKS); do \

@@ -38,6 +38,12 @@ GROUPS: dict[str, dict[str, Command]] = {
             "say what memory and time a finetune takes, before it is run",
             "qlora plan 33b --device rtx3090",
         ),
+        "sweep": Command(
+            "qlora_kernels.sweep.command",
+            "run many finetunes, on as many GPUs as there are, and compare them",
+            "qlora sweep --question quality-or-quantity --data my.jsonl",
+            "sweep",
+        ),
         "chat": Command(
             "qlora_kernels.chat",
             "talk with a model and an adapter in the terminal",
@@ -47,6 +53,12 @@ GROUPS: dict[str, dict[str, Command]] = {
             "qlora_kernels.merging",
             "put an adapter into its base: a plain transformers folder",
             "qlora merge qlora-out --output merged",
+        ),
+        "guanaco": Command(
+            "qlora_kernels.guanaco",
+            "the paper's way, small: recipe, rivals, judge, ladder, probes, a report",
+            "qlora guanaco",
+            "judge",
         ),
         "demo": Command(
             "qlora_kernels.demo",
@@ -90,6 +102,12 @@ GROUPS: dict[str, dict[str, Command]] = {
             "run any task of lm-evaluation-harness",
             "qlora harness --model_args adapter=qlora-out --tasks crows_pairs_english",
             "harness",
+        ),
+        "probe": Command(
+            "qlora_kernels.evaluate.probe.command",
+            "check for strengths and weaknesses: secrets, false premises, facts, ...",
+            "qlora probe --model base=./SmolLM2 --model tuned=./SmolLM2,adapter=qlora-out",
+            "judge",
         ),
     },
     "serving": {
