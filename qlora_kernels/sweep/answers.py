@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -104,10 +105,22 @@ def crossed_interval(
             continue
         low, high = mean_interval(values, level)
         below, above = np.hypot(below, mean - low), np.hypot(above, high - mean)
-        found = np.hypot(found, detectable_difference(values))
+        found = np.hypot(found, _detectable(values))
     if differences.size < 2:
         return mean, float("nan"), float("nan"), float("inf")
     return mean, float(mean - below), float(mean + above), float(found)
+
+
+def _detectable(values: np.ndarray) -> float:
+    """``detectable_difference(values)``: a multiple of the standard error that their number alone
+    decides, worked out once a number (half a second each, and a report has hundreds)."""
+    return _multiple(values.size) * float(values.std(ddof=1)) / float(np.sqrt(values.size))
+
+
+@cache
+def _multiple(count: int) -> float:
+    values = np.arange(count, dtype=np.float64)
+    return detectable_difference(values) * float(np.sqrt(count)) / float(values.std(ddof=1))
 
 
 def by_set(results: Sequence[Result], evaluation: str) -> dict[str, dict[int, Measured]]:
