@@ -44,12 +44,6 @@ GROUPS: dict[str, dict[str, Command]] = {
             "qlora sweep --question quality-or-quantity --data my.jsonl",
             "sweep",
         ),
-        "sweep": Command(
-            "qlora_kernels.sweep.command",
-            "run many finetunes, on as many GPUs as there are, and compare them",
-            "qlora sweep --question quality-or-quantity --data my.jsonl",
-            "sweep",
-        ),
         "chat": Command(
             "qlora_kernels.chat",
             "talk with a model and an adapter in the terminal",
@@ -108,12 +102,6 @@ GROUPS: dict[str, dict[str, Command]] = {
             "run any task of lm-evaluation-harness",
             "qlora harness --model_args adapter=qlora-out --tasks crows_pairs_english",
             "harness",
-        ),
-        "probe": Command(
-            "qlora_kernels.evaluate.probe.command",
-            "check for strengths and weaknesses: secrets, false premises, facts, ...",
-            "qlora probe --model base=./SmolLM2 --model tuned=./SmolLM2,adapter=qlora-out",
-            "judge",
         ),
         "probe": Command(
             "qlora_kernels.evaluate.probe.command",
