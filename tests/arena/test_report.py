@@ -49,6 +49,7 @@ def test_shares_and_their_intervals():
     assert summary["left"]["share"] == 0.75 and summary["left"]["votes"] == 40
 
 
+@pytest.mark.full
 def test_intervals_cover_the_truth():
     """Votes on a question share its difficulty: whole questions are resampled."""
     draw = np.random.default_rng(0)

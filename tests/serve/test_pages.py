@@ -147,6 +147,7 @@ def test_adapters_are_switched_and_compared(chat, idle):
     assert not chat.errors()
 
 
+@pytest.mark.full
 def test_stop(chat, live, idle, slow):
     from selenium.webdriver import Keys
 
@@ -176,6 +177,7 @@ def test_markup_in_a_reply_is_text(chat):
     assert chat.run("document.title") == "Chat · qlora"
 
 
+@pytest.mark.full
 def test_errors_settings_and_theme(chat, live, idle, monkeypatch):
     chat.run("(state.settings.max_tokens = 900, ask('hello'))")
     chat.until("document.querySelector('.wrong')")
@@ -203,6 +205,7 @@ def test_errors_settings_and_theme(chat, live, idle, monkeypatch):
     ]
 
 
+@pytest.mark.full
 def test_a_key_is_asked_for(browser, live, run_app):
     from qlora_kernels.serve.app import create_app
     from qlora_kernels.serve.guard import Guard
@@ -279,6 +282,7 @@ def test_a_vote_by_keys(arena):
     assert not arena.errors()
 
 
+@pytest.mark.full
 def test_markup_in_the_arena_is_text_and_a_phone_is_wide_enough(arena):
     arena.size(390, 844)
     arena.driver.refresh()  # the same pair again
