@@ -224,10 +224,24 @@ def _alike(config: Any) -> bool:
 # --- buffers that no trace sees -----------------------------------------------------------------
 
 
-def _inside_loss(shape: StepShape, hidden: int) -> int:
-    """Of the fused loss: a tile of logits and a panel of words (a few MB, see qlora_kernels.loss),
-    and for 2048 rows at a time their hidden states in fp32, a copy, and their gradient."""
-    return 8 * MIB + 3 * 4 * min(shape.tokens, 2048) * hidden
+def inside_loss(tokens: int, width: int, words: int, dtype: torch.dtype, device: str) -> int:
+    """Bytes of the fused loss's buffers at their most, besides its results (qlora_kernels.loss
+    has them): a tile of logits, a panel of the output layer in another dtype, and of a block of
+    rows the hidden states, the gradient in fp32, and the output layer's rows of their labels."""
+    from ..loss.cross_entropy import _MAX_ROWS, _cpu_multiplies, _sum_dtype, _tile
+
+    slow = (
+        device == "cpu" and dtype in (torch.bfloat16, torch.float16) and not _cpu_multiplies(dtype)
+    )
+    compute = torch.float32 if slow else dtype
+    sums = _sum_dtype(compute).itemsize
+    rows = -(-tokens // -(-tokens // _MAX_ROWS))
+    tile = min(_tile(rows, width, device), words)
+    buffers = rows * tile * sums + (tile * width * compute.itemsize if compute != dtype else 0)
+    if compute.itemsize != sums:  # results of 16-bit matmuls, before they become fp32
+        buffers += compute.itemsize * (rows * tile + (rows * width if device == "cpu" else 0))
+    labelled = sums + (dtype.itemsize if dtype.itemsize != sums else 0)
+    return buffers + rows * width * (compute.itemsize + sums + labelled)
 
 
 def _workspace(largest: int, dtype: torch.dtype, capability: tuple[int, int]) -> int:
@@ -370,7 +384,11 @@ def plan_memory(
         for phase, parts in _compositions(held, trace, a_layer, depth).items()
     }
     # The loss has its gradient ready at the end of the forward pass, and needs no buffer after it.
-    loss = {"the loss, a tile of logits": _inside_loss(shape, text.hidden_size)}
+    loss = {
+        "the loss, a tile of logits": inside_loss(
+            shape.tokens, text.hidden_size, text.vocab_size, dtype, "cpu" if gpu is None else "cuda"
+        )
+    }
     plan.compositions[STRETCHES["forward"]].update(loss)
     plan.phases = {phase: sum(parts.values()) for phase, parts in plan.compositions.items()}
     plan.parts = plan.compositions[plan.when]

@@ -133,7 +133,7 @@ def test_depth_is_extrapolated_to_what_tracing_all_of_it_gives(
     whole = real(model, *called[0])
     assert found.activations == whole.saved
     assert found.parts["optimizer states"] == whole.states
-    inside = memory._inside_loss(shape, HIDDEN)
+    inside = memory.inside_loss(96, HIDDEN, WORDS, torch.float32, "cpu")
     standing = sum(memory._standing(model).values())
     for stretch, phase in STRETCHES.items():
         states = 0 if stretch == "update" else whole.states
@@ -163,6 +163,41 @@ def test_other_optimizers_hold_less():
     adam = plan().parts["optimizer states"]
     assert plan(optimizer=(torch.optim.SGD, {"lr": 0.1})).parts["optimizer states"] == 0
     assert plan(optimizer=(torch.optim.SGD, {"momentum": 0.9})).parts["optimizer states"] < adam
+
+
+@pytest.mark.parametrize("tokens, dtype", [(300, torch.float32), (2100, torch.float32),
+                                           (300, torch.bfloat16)])  # fmt: skip
+def test_the_buffers_of_the_loss_are_those_that_it_makes(tokens, dtype):
+    """Its own code on real tensors, with the storages counted that are alive."""
+    from qlora_kernels.loss.cross_entropy import _compute_dtype, _linear_cross_entropy
+    from qlora_kernels.planning.trace import _Live
+
+    width, words = 96, 1000
+    hidden, weight = torch.randn(tokens, width).to(dtype), torch.randn(words, width).to(dtype)
+    labels = torch.randint(0, words, (tokens,))
+    compute = _compute_dtype(hidden, weight)
+    with _Live([hidden, weight, labels]) as live:
+        results = _linear_cross_entropy._init_fn(
+            hidden,
+            weight,
+            None,
+            labels,
+            -100,
+            0.0,
+            1.0,
+            compute,
+            0,
+            0,
+            True,
+            False,
+            False,
+            False,
+            0,
+        )
+    held = sum(t.untyped_storage().nbytes() for t in results)
+    predicted = memory.inside_loss(tokens, width, words, dtype, "cpu")
+    # The rest is a few numbers a row: labels, their order, sums.
+    assert predicted <= live.peak - held <= predicted + 150 * tokens
 
 
 def test_logits_are_not_part_of_it():
