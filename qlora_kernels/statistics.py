@@ -9,6 +9,7 @@ Needs SciPy (the extras ``finetune`` and ``judge``).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -156,6 +157,12 @@ def paired_difference(
     )
 
 
+@functools.cache
+def _quadrature() -> tuple[np.ndarray, np.ndarray]:
+    """Nodes in (-1, 1) and weights; half a second to make."""
+    return np.polynomial.legendre.leggauss(400)
+
+
 def detectable_difference(
     differences: Sequence[float] | np.ndarray, level: float = 0.95, power: float = 0.8
 ) -> float:
@@ -183,7 +190,7 @@ def detectable_difference(
     limit = stats.t.ppf((1 + level) / 2, freedom)
     # Given the sample's spread the mean is normal: averaged over the spread's quantiles, the power
     # has no tail that a noncentral t's own function loses.
-    nodes, shares = np.polynomial.legendre.leggauss(400)
+    nodes, shares = _quadrature()
     spread = np.sqrt(stats.chi2.ppf((nodes + 1) / 2, freedom) / freedom)
 
     def short(shift: float) -> float:

@@ -129,8 +129,14 @@ def run(arguments: Sequence[str]) -> int:
     from lm_eval.utils import setup_logging
 
     words = list(arguments)
-    if not words or words[0].startswith("-"):
-        words = ["run", *words] if words and words[0] not in ("-h", "--help") else ["--help"]
+    if not words or words[0] in ("-h", "--help"):
+        from ..cli import COMMANDS
+
+        print(f"qlora harness: {COMMANDS['harness'].what}; the words are the harness's own.\n"
+              f"example: {COMMANDS['harness'].example}\n")  # fmt: skip
+        words = ["--help"]
+    elif words[0].startswith("-"):
+        words = ["run", *words]
     if words[0] == "run" and not any(w.partition("=")[0] in ("--model", "-M") for w in words):
         words += ["--model", "qlora"]
     setup_logging()
