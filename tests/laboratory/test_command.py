@@ -58,6 +58,7 @@ def words_for(trained, pages, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.full
 def test_a_model_and_its_finetunes(tmp_path, capsys, trained, pages) -> None:
     out = tmp_path / "out"
     words = words_for(
