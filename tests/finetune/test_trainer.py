@@ -67,7 +67,7 @@ def test_what_it_says_and_when(train):
             "step 1/3",  # the first step.
             "tokens/s",
             "left",
-            "tokens in 0:00",
+            "tokens in ",
             "after",
             "peak memory",
         )
