@@ -120,7 +120,9 @@ LORA = "r lora_alpha lora_dropout bias".split()
 DATA = "train_on max_length too_long packing".split()
 
 
-@pytest.mark.parametrize("recipe", ["guanaco-7b", "guanaco-65b"])
+@pytest.mark.parametrize(
+    "recipe", ["guanaco-7b", pytest.param("guanaco-65b", marks=pytest.mark.full)]
+)
 def test_every_setting_of_a_recipe_reaches_the_run(reached, recipe):
     found = reached(recipe)
     run, options = found["trainer"], found["options"]
