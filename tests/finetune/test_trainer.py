@@ -507,7 +507,7 @@ def test_killed_at_the_first_files_of_a_run(train, monkeypatch, name):
     def killed(path, write):
         real(path, write)
         if path.name == name:
-            raise ArithmeticError("stopped here")
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "replace_file", killed)
