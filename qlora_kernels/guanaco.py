@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, default=8, help="questions that are asked, at most [%(default)s]")
     add("--steps", type=int, default=30, help="of the finetune [%(default)s]")
     add("--new_tokens", type=int, default=64, help="longest reply [%(default)s]")
-    add("--probe_items", type=int, default=12, help="items a probe [%(default)s]")
+    add("--probe_items", type=int, default=8, help="items a probe [%(default)s]")
     add("--endpoint", help="base URL of a judge [a stand-in, started here]")
     add("--judge", help="the judge model's name there")
     add("--arena", action="store_true", help="open the blind test when all is done")
