@@ -1,8 +1,8 @@
 """How fast a finetune goes on this machine: steps of the first layers of the model, measured.
 
 A real step (quantized layers with random weights, LoRA, loss, backward, clipping, optimizer) of the
-model with two decoder layers and with one, taken in turns: the difference of the two is a layer,
-and what is left is the rest (embedding, output layer, loss). Their sum over the model's depth is
+model with three decoder layers and with one, taken in turns: half the difference is a layer, and
+what is left is the rest (embedding, output layer, loss). Their sum over the model's depth is
 the step. The weights' values do not matter to speed; their shapes, kernels and dtypes are the
 run's own.
 
@@ -27,6 +27,8 @@ __all__ = ["calibrate", "small_model"]
 
 MOST_TOKENS = 2048
 REPEATS = 5
+MORE = 3
+"""Layers of the deeper of the two models."""
 
 
 def small_model(config: Any, recipe: Recipe, layers: int) -> Any:
@@ -100,37 +102,37 @@ def _timed(step: Callable[[], None]) -> float:
 def calibrate(
     config: Any, recipe: Recipe, budget: float = 60.0, say: Callable[[str], None] = lambda _: None
 ) -> Forecast:
-    """The speed of a recipe on the CPU here, from a few steps of one and of two layers.
+    """The speed of a recipe on the CPU here, from a few steps of one and of three layers.
 
     Args:
         budget: seconds that the steps may take together, roughly.
 
     Raises:
-        RunError: two layers of the model do not run here (memory, most likely).
+        RunError: three layers of the model do not run here (memory, most likely).
     """
     depth = config.get_text_config().num_hidden_layers
     shape, notes = recipe.shape, []
     if shape.tokens > MOST_TOKENS and shape.batch > 1:
         shape = StepShape(max(1, MOST_TOKENS // shape.length), shape.length)
     try:
-        say("calibrating: two layers of the model are quantized")
-        models = [small_model(config, recipe, layers) for layers in (1, 2)]
+        say("calibrating: the first layers of the model are quantized")
+        models = [small_model(config, recipe, layers) for layers in (1, MORE)]
         steps = [stepper(model, recipe, shape) for model in models]
         first = _timed(steps[0])
-        while 3 * (REPEATS + 1) * first > budget and shape.length > 64:
+        while (1 + MORE) * (REPEATS + 1) * first > budget and shape.length > 64:
             shape = StepShape(1, max(64, shape.length // 2))
             steps = [stepper(model, recipe, shape) for model in models]
             first = _timed(steps[0])
         steps[1]()
-        say(f"calibrating: {REPEATS} steps of 1 and 2 layers, {shape.tokens} tokens each")
+        say(f"calibrating: {REPEATS} steps of 1 and {MORE} layers, {shape.tokens} tokens each")
         seconds: list[list[float]] = [[], []]
         for _ in range(REPEATS):
             for one, times in zip(steps, seconds, strict=True):
                 times.append(_timed(one))
     except (MemoryError, RuntimeError) as error:
         raise RunError(f"the calibration did not run: {str(error).splitlines()[0]}") from error
-    one, two = (statistics.median(times) for times in seconds)
-    layer = max(two - one, 0.0)
+    one, more = (statistics.median(times) for times in seconds)
+    layer = max((more - one) / (MORE - 1), 0.0)
     rest = max(one - layer, 0.0)
     factor = recipe.shape.tokens / shape.tokens
     if factor != 1:
