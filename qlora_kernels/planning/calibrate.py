@@ -77,7 +77,10 @@ def stepper(model: Any, recipe: Recipe, shape: StepShape) -> Callable[[], None]:
     words = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, words, (shape.batch, shape.length), generator=generator)
-    batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    mask, labels = torch.ones_like(ids), ids.clone()
+    if shape.batch > 1:  # as in real batches, in which one row is the longest
+        mask[-1, -1], labels[-1, -1] = 0, -100
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
     def step() -> None:
         if recipe.activation_checkpointing:

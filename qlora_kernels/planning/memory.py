@@ -353,16 +353,11 @@ def plan_memory(
     # The largest weight as it comes from the file, and as it becomes fp32 to be quantized.
     largest, packed = _largest_weight(counted), _largest_packed(counted)
     holes = loading_holes(counted, dtype, depth) if gpu else 0
-    if getattr(optimizer[0], "paged", False):  # its states are as many without a file for them
-        cls = type(optimizer[0].__name__, (optimizer[0],), {"paged": False})
-        tracing = (cls, optimizer[1])
-    else:
-        tracing = optimizer
     a_layer = 0
     try:
-        trace = trace_step(deep, shape, checkpointing, accumulation > 1, tracing, fused)
+        trace = trace_step(deep, shape, checkpointing, accumulation > 1, optimizer, fused)
         if shallow is not None:
-            less = trace_step(shallow, shape, checkpointing, accumulation > 1, tracing, fused)
+            less = trace_step(shallow, shape, checkpointing, accumulation > 1, optimizer, fused)
             a_layer = trace.saved - less.saved
             trace = trace.extended(less, max(0, depth - 3))
     except Exception as error:

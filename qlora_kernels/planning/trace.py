@@ -164,6 +164,29 @@ def _when_layer_is_done(model: nn.Module, call: Callable[[int, int], None]) -> l
     return hooks
 
 
+def traceable(cls: Any) -> Any:
+    """The optimizer's class without what fake tensors cannot do: this package's looks a code up to
+    begin 8-bit states with, and may keep them in a file. Shapes and dtypes stay its own."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    from ..optim import AdamW
+
+    if not (isinstance(cls, type) and issubclass(cls, AdamW)):
+        return cls
+
+    def start(self: Any, p: Tensor, group: dict[str, Any] | None = None) -> dict[str, Any]:
+        with _disable_current_modes():
+            states = cls._start(self, torch.empty(p.shape, dtype=p.dtype, device="meta"), group)
+        return {
+            name: torch.zeros(s.shape, dtype=s.dtype, device=p.device)
+            if isinstance(s, Tensor)
+            else s
+            for name, s in states.items()
+        }
+
+    return type(cls.__name__, (cls,), {"paged": False, "_start": start})
+
+
 def trace_step(
     model: Any,
     shape: StepShape,
@@ -194,7 +217,7 @@ def trace_step(
         batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone(), "use_cache": False}
         if shape.packed:
             batch["position_ids"] = ids.clone()
-        else:
+        elif shape.batch > 1:  # rows are padded to the longest; a row alone needs no mask
             batch["attention_mask"] = torch.ones_like(ids)
         inputs = [t for t in batch.values() if isinstance(t, Tensor)]
         with _Live([*model.parameters(), *model.buffers(), *inputs]) as live:
@@ -222,7 +245,7 @@ def trace_step(
                 hook.remove()
             gradients = live.live
             cls, kwargs = optimizer
-            stepper = cls(trained, **kwargs)
+            stepper = traceable(cls)(trained, **kwargs)
             stepper.step()
             states = live.live - gradients
             note("update")

@@ -25,10 +25,12 @@ from qlora_kernels.finetune.plan import (
     resident_memory,
 )
 from qlora_kernels.finetune.report import plan_table
+from qlora_kernels.optim import PagedAdamW8bit
 from qlora_kernels.planning import machine, memory
 from qlora_kernels.planning.memory import LOADING
 from qlora_kernels.planning.trace import STRETCHES
 
+SHAPES = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
 QUANT = {"quant_type": "nf4", "blocksize": 64, "double_quant": True}
 HIDDEN, INNER, WORDS = 64, 128, 272
 
@@ -56,8 +58,7 @@ def plan(shape=StepShape(2, 64), layers=2, **settings) -> MemoryPlan:  # noqa: B
 def test_what_is_held_throughout_is_counted():
     layers = 3
     parts = plan(layers=layers).parts
-    matrices = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
-    values = [n * k for n, k in matrices]
+    values = [n * k for n, k in SHAPES]
     assert parts["packed 4-bit weights"] == layers * sum(values) // 2
     # A byte a block of 64; for each matrix 4 bytes a 256 of these, and an offset of 4.
     constants = sum(v // 64 + 4 * -(-v // 64 // 256) + 4 for v in values)
@@ -65,7 +66,7 @@ def test_what_is_held_throughout_is_counted():
     norms = (2 * layers + 1) * HIDDEN
     assert parts["embeddings and output layer"] == 4 * WORDS * HIDDEN  # tied: once
     assert parts["other weights"] == 4 * norms
-    trained = layers * 8 * sum(n + k for n, k in matrices)
+    trained = layers * 8 * sum(n + k for n, k in SHAPES)
     assert parts["trained parameters"] == 4 * trained
     # Adam: two moments and a step each; 14 matrices a layer.
     assert parts["optimizer states"] == 8 * trained + 4 * 14 * layers
@@ -161,6 +162,12 @@ def test_accumulation_holds_the_gradients_while_activations_are_there():
 
 def test_other_optimizers_hold_less():
     adam = plan().parts["optimizer states"]
+    eight = plan(optimizer=(PagedAdamW8bit, {}), lora=lora(r=64))
+    large = plan(lora=lora(r=64)).parts["trained parameters"] // 4
+    shapes = [s for n, k in SHAPES for s in (64 * n, 64 * k)]
+    kept = sum(2 * n + 8 * -(-n // 256) if n >= 4096 else 8 * n for n in shapes)
+    assert eight.notes == [] and sum(shapes) * 2 == large
+    assert eight.parts["optimizer states"] == 2 * kept == eight.paged
     assert plan(optimizer=(torch.optim.SGD, {"lr": 0.1})).parts["optimizer states"] == 0
     assert plan(optimizer=(torch.optim.SGD, {"momentum": 0.9})).parts["optimizer states"] < adam
 
