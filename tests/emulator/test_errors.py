@@ -69,7 +69,7 @@ def test_every_truncation_is_an_error_or_has_no_kernel() -> None:
         ("add.u32 %r9, %r2, %r3;", "%r9 was not declared"),
         ("add.u32 %r1, %rd1, %r3;", "%rd1 is .b64, not .u32"),
         ("bra NOWHERE;", "NOWHERE"),
-        ("add.f32.bf16 %r1, %r2, %r3;", "modifier .f32"),
+        ("mul.f32.bf16 %r1, %r2, %r3;", "modifier .f32"),
         ("call (%r1), nothing, (%r2);", "nothing"),
         ("mov.u32 %r1, %pm0;", "%pm0"),
         (
