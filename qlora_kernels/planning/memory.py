@@ -22,6 +22,7 @@ from torch import nn
 
 from ..nn import Linear4bit
 from .allocator import CachingAllocator
+from .buffers import linear_buffers
 from .machine import available_memory, resident_memory
 from .trace import LAYER, STRETCHES, StepShape, StepTrace, trace_step
 
@@ -273,6 +274,7 @@ def _compositions(
     at_the_end = max(0, trace.saved - (depth - 1) * a_layer)
     there = {  # gradients and activations at the peak of each stretch
         "forward": (before, trace.saved),
+        "loss": (before, trace.saved),
         "last layer": (before, trace.saved),
         "first layer": (trace.gradients, at_the_end),
         "update": (trace.gradients, 0),
@@ -354,10 +356,13 @@ def plan_memory(
     largest, packed = _largest_weight(counted), _largest_packed(counted)
     holes = loading_holes(counted, dtype, depth) if gpu else 0
     a_layer = 0
+    kernels = linear_buffers if gpu is None else None  # a GPU's workspace is a part of its own
     try:
-        trace = trace_step(deep, shape, checkpointing, accumulation > 1, optimizer, fused)
+        trace = trace_step(deep, shape, checkpointing, accumulation > 1, optimizer, fused, kernels)
         if shallow is not None:
-            less = trace_step(shallow, shape, checkpointing, accumulation > 1, optimizer, fused)
+            less = trace_step(
+                shallow, shape, checkpointing, accumulation > 1, optimizer, fused, kernels
+            )
             a_layer = trace.saved - less.saved
             trace = trace.extended(less, max(0, depth - 3))
     except Exception as error:
@@ -378,13 +383,16 @@ def plan_memory(
         phase: {**parts, **inside}
         for phase, parts in _compositions(held, trace, a_layer, depth).items()
     }
-    # The loss has its gradient ready at the end of the forward pass, and needs no buffer after it.
+    # The loss has its gradient ready with it, and needs no buffer in the backward pass.
     loss = {
         "the loss, a tile of logits": inside_loss(
             shape.tokens, text.hidden_size, text.vocab_size, dtype, "cpu" if gpu is None else "cuda"
         )
     }
-    plan.compositions[STRETCHES["forward"]].update(loss)
+    if trace.peaks["loss"]:
+        plan.compositions[STRETCHES["loss"]].update(loss)
+    else:
+        del plan.compositions[STRETCHES["loss"]]  # not the fused one
     plan.phases = {phase: sum(parts.values()) for phase, parts in plan.compositions.items()}
     plan.parts = plan.compositions[plan.when]
     loading = {"a weight while it is quantized": 2 * 4 * largest}

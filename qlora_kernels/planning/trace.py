@@ -2,13 +2,15 @@
 
 Forward, loss, backward and optimizer step run on fake tensors, which have shapes and lifetimes,
 through the same modules and ops as the real step; a dispatch mode adds up the storages that are
-alive. The peaks of four stretches of the step are kept apart, because each grows with the model's
+alive. The peaks of five stretches of the step are kept apart, because each grows with the model's
 depth at a pace of its own (:meth:`StepTrace.extended`):
 
 ==========  ==========================================  ========================================
 stretch     what it is                                  what grows
 ==========  ==========================================  ========================================
 forward     until the loss is there                     what layers keep for the backward pass
+loss        the fused loss (its own buffers, which no   the same
+            trace sees, are not in it)
 last layer  backward, until the gradients of the last   the same
             decoder layer are there
 first       backward, that of the first layer           gradients
@@ -24,8 +26,8 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +42,7 @@ __all__ = ["LAYER", "STRETCHES", "StepShape", "StepTrace", "trace_step"]
 
 STRETCHES = {
     "forward": "in the forward pass",
+    "loss": "while the loss is computed",
     "last layer": "in the backward pass, at the last layer",
     "first layer": "in the backward pass, at the first layer",
     "update": "in the optimizer's step",
@@ -102,9 +105,10 @@ class StepTrace:
 class _Live(TorchDispatchMode):
     """Adds up the storages that ops make while it is on, as long as anybody holds them."""
 
-    def __init__(self, known: Any) -> None:
+    def __init__(self, known: Any, inside: Callable[[Any, Any], int] | None = None) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self._inside = inside
+        self.live = self.peak = self.at_loss = 0
         self.device = CachingAllocator()
         self._seen: Any = weakref.WeakKeyDictionary()
         for tensor in known:
@@ -112,6 +116,14 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
+        self._add(out)
+        if self._inside is not None:
+            self.peak = max(self.peak, self.live + self._inside(func, args))
+        if func is torch.ops.qlora_kernels.linear_cross_entropy.default:
+            self.at_loss = max(self.at_loss, self.live)
+        return out
+
+    def _add(self, out: Any) -> None:
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
@@ -121,7 +133,6 @@ class _Live(TorchDispatchMode):
                     self.live += size
                     weakref.finalize(storage, self._freed, size, self.device.allocate(size))
                     self.peak = max(self.peak, self.live)
-        return out
 
     def _freed(self, size: int, block: Any) -> None:
         self.live -= size
@@ -187,6 +198,24 @@ def traceable(cls: Any) -> Any:
     return type(cls.__name__, (cls,), {"paged": False, "_start": start})
 
 
+@contextmanager
+def _no_row_is_packed(sure: bool) -> Iterator[None]:
+    """transformers asks the values of positions whether a row is packed, and takes fake tensors,
+    which have none, for packed ones: a mask for every layer. Where we are sure, it is told."""
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    before = getattr(masking_utils, name, None)
+    if not sure or before is None:
+        yield
+        return
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, before)
+
+
 def trace_step(
     model: Any,
     shape: StepShape,
@@ -194,8 +223,12 @@ def trace_step(
     accumulated: bool,
     optimizer: tuple[Any, dict[str, Any]],
     fused: bool,
+    inside: Callable[[Any, Any], int] | None = None,
 ) -> StepTrace:
-    """One optimizer step of ``model`` (on meta, spent afterwards) on fake tensors."""
+    """One optimizer step of ``model`` (on meta, spent afterwards) on fake tensors.
+
+    ``inside(op, arguments)`` says how many bytes an op allocates for itself while it runs.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from ..activations import fuse, recompute
@@ -209,7 +242,8 @@ def trace_step(
         fuse(model)
     model.train()
     peaks = dict.fromkeys(STRETCHES, 0)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    alone = shape.batch == 1 and not shape.packed
+    with FakeTensorMode(allow_non_fake_inputs=True), _no_row_is_packed(alone):
         model.to_empty(device="cpu")
         getattr(model, "tie_weights", lambda: None)()
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -220,7 +254,7 @@ def trace_step(
         elif shape.batch > 1:  # rows are padded to the longest; a row alone needs no mask
             batch["attention_mask"] = torch.ones_like(ids)
         inputs = [t for t in batch.values() if isinstance(t, Tensor)]
-        with _Live([*model.parameters(), *model.buffers(), *inputs]) as live:
+        with _Live([*model.parameters(), *model.buffers(), *inputs], inside) as live:
 
             def note(stretch: str) -> None:
                 peaks[stretch] = max(peaks[stretch], live.stretch())
@@ -250,5 +284,6 @@ def trace_step(
             states = live.live - gradients
             note("update")
             reserved = live.device.peak_reserved
+            peaks["loss"] = live.at_loss
             del stepper
     return StepTrace(peaks, saved, gradients, states, reserved, accumulated)

@@ -138,14 +138,15 @@ def test_depth_is_extrapolated_to_what_tracing_all_of_it_gives(
     standing = sum(memory._standing(model).values())
     for stretch, phase in STRETCHES.items():
         states = 0 if stretch == "update" else whole.states
-        loss = inside if stretch == "forward" else 0  # whose gradient is ready with it
+        loss = inside if stretch == "loss" else 0  # whose gradient is ready with it
         predicted = found.phases[phase] - standing - states - loss
         assert predicted == pytest.approx(whole.peaks[stretch], rel=0.005), phase
 
 
 def test_activations_grow_with_the_batch_and_shrink_by_checkpointing():
-    one, two = plan(StepShape(1, 64)), plan(StepShape(2, 64))
-    assert two.activations == pytest.approx(2 * one.activations, rel=0.05)
+    one, two, four = (plan(StepShape(rows, 64)) for rows in (1, 2, 4))
+    assert four.activations == pytest.approx(2 * two.activations, rel=0.05)
+    assert two.activations > 2 * one.activations  # a row alone has no mask
     assert plan(StepShape(1, 128)).activations >= 1.9 * one.activations
     saving = plan(StepShape(2, 64), layers=8, checkpointing=True).activations
     assert saving < 0.3 * plan(StepShape(2, 64), layers=8).activations

@@ -21,7 +21,7 @@ from qlora_kernels.planning.memory import LOADING
 from qlora_kernels.planning.recipe import Place, Recipe, make_plan
 
 
-def llama(hidden=384, inner=1024, layers=4, heads=6, kv=6, words=4096, tied=True) -> LlamaConfig:
+def llama(hidden=384, inner=1024, layers=8, heads=6, kv=6, words=4096, tied=True) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, vocab_size=words,
         num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied,
@@ -40,11 +40,11 @@ def recipe(**changes) -> Recipe:
 
 CASES = {
     "plain": (llama(), recipe()),
-    "checkpointed": (llama(layers=8), recipe(activation_checkpointing=True)),
+    "checkpointed": (llama(layers=16), recipe(activation_checkpointing=True)),
     "long": (llama(), recipe(max_length=1024, per_device_train_batch_size=1)),
     "wide batch": (llama(), recipe(max_length=128, per_device_train_batch_size=16)),
     "rank 128": (llama(), recipe(r=128)),
-    "rank 256, checkpointed": (llama(layers=8), recipe(r=256, activation_checkpointing=True)),
+    "rank 256, checkpointed": (llama(layers=16), recipe(r=256, activation_checkpointing=True)),
     "query and value": (llama(), recipe(target_modules=("q_proj", "v_proj"))),
     "bfloat16": (llama(), recipe(dtype="bfloat16", per_device_train_batch_size=6)),
     "grouped queries": (llama(hidden=512, heads=8, kv=2), recipe()),
