@@ -286,7 +286,7 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
     for i, name in enumerate(names):
         widths = [memory["compositions"][phase].get(name, 0) / 1e9 for phase in phases]
         if max(widths) > 0.004 * memory["peak"] / 1e9:
-            colour = f"C{i}" if i < 10 else ("0.3", "0.5", "0.7", "0.85")[i % 4]
+            colour = f"C{i}" if i < 10 else ("gold", "navy", "0.7", "0.85")[i % 4]
             axes.barh(phases, widths, left=left, label=name, color=colour)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     if place["limit"]:
